@@ -1,0 +1,65 @@
+# Every target makes .venv by itself. `make` alone lists the targets.
+#   PYTHON=python3.11  the interpreter that makes .venv       NAME=03_layer_preference  one notebook
+#   ARGS="-k sites"    further words for pytest               APTHORY_DATA=folder       images of the small suite
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python -m
+SCRATCH := build/notebooks
+
+.DEFAULT_GOAL := help
+.PHONY: help figures figure small bench test lint format notebooks-check clean venv
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-16s %s\n", $$1, $$2}'
+
+figures: venv ## compute the embedded suite anew: every notebook, record and figure (about 10 minutes)
+	$(RUN) apthory run --suite embedded --fresh
+
+figure: venv ## compute one notebook of the embedded suite anew: make figure NAME=03_layer_preference
+	@test -n "$(NAME)" || { echo 'which notebook? make figure NAME=03_layer_preference' >&2; exit 2; }
+	$(RUN) apthory run $(NAME) --suite embedded --fresh
+
+small: venv ## run the small suite on the images in APTHORY_DATA; resumes where it was stopped
+	@test -d "$(APTHORY_DATA)" || { echo 'where are the images? make small APTHORY_DATA=folder' >&2; exit 2; }
+	APTHORY_DATA="$(APTHORY_DATA)" $(RUN) apthory run --suite small
+
+bench: venv ## measure the prefix cache against a frozen loop without it, side by side
+	$(RUN) apthory bench
+
+test: venv ## run all tests; a part of them: make test ARGS='-m "not slow"'
+	$(RUN) pytest $(ARGS)
+
+lint: venv ## check style, format and types
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+
+format: venv ## mend style and format where ruff can
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
+
+notebooks-check: venv ## run every notebook on the committed records and compare each byte with what is committed
+	@rm -rf $(SCRATCH) && mkdir -p $(SCRATCH) && cp -R notebooks figures $(SCRATCH)
+	APTHORY_ROOT="$(CURDIR)/$(SCRATCH)" $(RUN) apthory run --suite embedded
+	@for folder in notebooks figures; do \
+	  diff -rq -x .ipynb_checkpoints -x __pycache__ $$folder $(SCRATCH)/$$folder || exit 1; \
+	done
+	@echo 'notebooks and figures are what the committed records give, byte for byte'
+
+clean: ## remove caches and scratch files; .venv stays (delete it to install anew)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find apthory notebooks tests -name __pycache__ -prune -exec rm -rf {} +
+
+# .venv/.installed holds the two files that it was installed from, and is written last: a change of either installs
+# again, new dates alone do not. A first installation that was cut short (.venv/.incomplete) is begun again.
+venv:
+	@cat pyproject.toml constraints.txt | cmp -s - $(VENV)/.installed || { set -e; \
+	  if [ -e $(VENV)/.incomplete ] || [ ! -x $(VENV)/bin/pip ]; then \
+	    $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	      || { echo 'apthory needs Python 3.11 or later; name one: make PYTHON=python3.11 ...' >&2; exit 2; }; \
+	    echo 'installing into $(VENV): 2 to 4 minutes and 6.7 GB, most of it torch; once'; \
+	    $(PYTHON) -m venv --clear $(VENV); touch $(VENV)/.incomplete; \
+	  else echo 'bringing $(VENV) up to date'; fi; \
+	  rm -f $(VENV)/.installed; cat pyproject.toml constraints.txt > $(VENV)/.installing; \
+	  $(RUN) pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	  rm -f $(VENV)/.incomplete; mv $(VENV)/.installing $(VENV)/.installed; }

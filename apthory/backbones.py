@@ -1,0 +1,175 @@
+"""Frozen backbones: timm models by name, two micro networks that ship with the package, local weight files."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file
+from timm.models.resnet import BasicBlock
+from torch import Tensor, nn
+
+SHIPPED = ("vit_micro", "resnet_micro")
+_MICRO_DATA = {  # statistics of Tiny-ImageNet, on which the micro backbones were trained
+    "input_size": (3, 64, 64),
+    "mean": (0.480, 0.448, 0.397),
+    "std": (0.277, 0.269, 0.282),
+    "interpolation": "bicubic",
+    "crop_pct": 1.0,
+}
+
+
+def create(name: str, num_classes: int = 0, **kwargs: Any) -> nn.Module:
+    """A trainable backbone with random weights, its data configuration attached.
+
+    Args:
+        name: ``vit_micro``, ``resnet_micro``, or any name that timm knows.
+        num_classes: Size of the classifier; 0 leaves it out, so that the result is the pooled feature.
+        kwargs: Passed on to timm, for instance ``pad_type="same"``.
+    """
+    if name == "vit_micro":
+        shape = {"img_size": 64, "patch_size": 8, "embed_dim": 128, "depth": 8, "num_heads": 4, **kwargs}
+        model = timm.models.VisionTransformer(num_classes=num_classes, **shape)
+    elif name == "resnet_micro":
+        shape = {"block": BasicBlock, "layers": [2, 2, 2, 2], "channels": (32, 64, 128, 256), **kwargs}
+        model = timm.models.ResNet(num_classes=num_classes, **shape)
+    elif timm.is_model(name):
+        return timm.create_model(name, pretrained=False, num_classes=num_classes, **kwargs)
+    else:
+        near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
+        raise ValueError(
+            f"no backbone {name!r}; shipped are {', '.join(SHIPPED)}, or any timm name"
+            + (f" such as {', '.join(near)}" if near else "; timm.list_models() lists them")
+        )
+    model.pretrained_cfg = model.default_cfg = {"architecture": name, **_MICRO_DATA}
+    return model
+
+
+def load(
+    name: str,
+    *,
+    pretrained: bool = True,
+    weights: str | Path | None = None,
+    num_classes: int = 0,
+    input_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    device: str | torch.device = "auto",
+    **kwargs: Any,
+) -> nn.Module:
+    """A frozen backbone in eval mode that maps normalized images to pooled features.
+
+    Args:
+        name: ``vit_micro`` or ``resnet_micro`` (weights ship with the package), or any timm name.
+        pretrained: Use the shipped weights, or timm's. ``False`` leaves random weights.
+        weights: A safetensors file with a state dict, used instead, also looked for in the folder that
+            APTHORY_WEIGHTS names; half precision is widened to float32.
+        num_classes: 0 drops the classifier; otherwise it must match the weights.
+        input_size: Side in pixels when it differs from the model's own data configuration.
+        mean: Mean by channel, of pixels in [0, 1], when the weight file wants another than the model's own.
+        std: Standard deviation by channel, likewise.
+        device: ``"auto"`` takes a CUDA device if there is one.
+        kwargs: Passed on to timm, for instance ``pad_type="same"``.
+
+    Raises:
+        ValueError: If the name is unknown or a weight file does not fit the architecture.
+        OSError: If the weight file, or timm's download, cannot be had.
+    """
+    if name in SHIPPED and pretrained and weights is None:
+        weights = Path(str(resources.files("apthory") / "weights" / f"{name}.safetensors"))
+    if weights is not None or not pretrained:
+        model = create(name, num_classes, **kwargs)
+    elif not timm.is_model(name):
+        model = create(name)  # raises, naming what there is
+    else:
+        try:
+            model = timm.create_model(name, pretrained=True, num_classes=num_classes, **kwargs)
+        except Exception as error:  # the hub's errors are many: offline, gated, unknown tag
+            raise OSError(
+                f"pretrained weights of {name!r} cannot be had ({type(error).__name__}: {error}); "
+                "pass weights=FILE.safetensors, or pretrained=False for random weights"
+            ) from error
+    if weights is not None:
+        _fill(model, Path(weights), name, num_classes)
+    own = {"input_size": input_size and (3, input_size, input_size), "mean": mean, "std": std}
+    model.pretrained_cfg = _as_dict(model.pretrained_cfg) | {k: tuple(v) for k, v in own.items() if v}
+    return freeze(model).to(default_device() if device == "auto" else device)
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Eval mode, no gradients for weights, and the kernels that are fastest on this machine."""
+    model.eval().requires_grad_(False)
+    if not torch.cuda.is_available():
+        for module in model.modules():  # measured: with bf16 on CPUs the fused kernel is half as fast
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = False
+    if any(isinstance(module, nn.Conv2d) and module.kernel_size != module.stride for module in model.modules()):
+        model.to(memory_format=torch.channels_last)
+    return model
+
+
+def default_device() -> torch.device:
+    """A CUDA device if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def input_size(model: nn.Module) -> int:
+    """Side of the square image that the backbone expects, in pixels."""
+    return int(_as_dict(model.pretrained_cfg)["input_size"][-1])
+
+
+def mean_std(model: nn.Module) -> tuple[Float[Tensor, "channel 1 1"], Float[Tensor, "channel 1 1"]]:
+    """Mean and standard deviation of pixels in [0, 1], from the model's own data configuration."""
+    config = timm.data.resolve_model_data_config(model)
+    mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    return mean, std
+
+
+def architecture(model: nn.Module) -> str:
+    """The name under which the backbone was made."""
+    return str(_as_dict(getattr(model, "pretrained_cfg", {})).get("architecture", type(model).__name__))
+
+
+def is_channels_last(model: nn.Module) -> bool:
+    """Whether the weights lie in the memory layout that convolutions on images want."""
+    kernels = (p for p in model.parameters() if p.ndim == 4 and min(p.shape[1:3]) > 1)
+    return any(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in kernels)
+
+
+def digest(model: nn.Module) -> str:
+    """SHA-256 over names, shapes and values of all weights and buffers; equal digests mean equal networks."""
+    total = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def _fill(model: nn.Module, path: Path, name: str, num_classes: int) -> None:
+    if not path.is_file():
+        path = Path(os.environ.get("APTHORY_WEIGHTS", ".")) / path
+    if not path.is_file():
+        raise OSError(f"no weight file {path}; pass weights=FILE.safetensors, or set APTHORY_WEIGHTS to its folder")
+    state = {key: value.float() if value.is_floating_point() else value for key, value in load_file(path).items()}
+    head = model.pretrained_cfg.get("classifier", "fc" if hasattr(model, "fc") else "head")
+    if not num_classes:
+        state = {key: value for key, value in state.items() if not key.startswith(f"{head}.")}
+    own = model.state_dict()
+    wrong = [key for key in state if key not in own or own[key].shape != state[key].shape]
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    if wrong or missing:
+        what = f"{wrong[0]!r} of the file does not fit" if wrong else f"{missing[0]!r} is missing from the file"
+        raise ValueError(
+            f"{path.name} does not hold the weights of {name!r}: {what} "
+            f"({len(wrong)} misfits, {len(missing)} missing); check the name and timm's keyword arguments"
+        )
+    model.load_state_dict(state, strict=False)
+
+
+def _as_dict(config: Any) -> dict[str, Any]:
+    return dict(config) if isinstance(config, dict) else config.to_dict()

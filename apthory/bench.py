@@ -1,0 +1,210 @@
+"""What the prefix cache gains: the same sweep over sites with and without it, side by side in one run."""
+
+import copy
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from time import perf_counter
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import torch
+import typer
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+
+from apthory import backbones, efficiency, methods, prompts, records, sites, training
+from apthory.progress import progress
+from apthory.tasks import Images, Task
+
+RATES = (4e-3, 1.6e-2, 6.4e-2)
+RECIPE = training.Recipe(num_epochs=10, num_train=384, num_validation=96, num_test=96)
+
+
+@records.versioned(1)
+def race(
+    backbone: Mapping[str, Any], recipe: Mapping[str, Any], learning_rates: Sequence[float] = RATES, num_classes: int = 10
+) -> dict[str, Any]:
+    """Train a bundle at every block site, with the cache and by loops without it, on random images.
+
+    Three loops, taken in turns at each site:
+
+    - ``cached``: this package's.
+    - ``frozen``: the same loop with the prefix run anew at every step. Weights are frozen, images lie in memory,
+      evaluations are the same: everything sensible but the cache.
+    - ``customary``: as published code does it. Weight gradients are kept, images decoded again in every epoch, each
+      configuration trained by itself, and the test set evaluated in every epoch. One epoch of one configuration
+      is timed and scaled to the whole.
+
+    With s the suffix's share of the FLOPs, the cache can gain at most sum(1 + s) / sum(2 s) over ``frozen``.
+    """
+    model = backbones.load(**backbone)
+    how = training.Recipe(**recipe)
+    task = _random_task(backbones.input_size(model), how, num_classes)
+    bundle = [training.Configuration(learning_rate=rate) for rate in learning_rates]
+    customary = _Customary(model, task, how)
+    rows = []
+    for site in progress(sites.list_sites(model), desc=f"race on {backbone['name']}"):
+        method = methods.ActivationPrompting(site=site)
+        seconds, fits = {}, {}
+        for name in ("cached", "frozen"):
+            start = perf_counter()
+            fits[name] = training.fit(model, task, method, bundle, replace(how, cache=name == "cached"))
+            seconds[name] = perf_counter() - start
+        gap = max(
+            abs(a.validation_accuracy - b.validation_accuracy) for a, b in zip(fits["cached"], fits["frozen"], strict=True)
+        )
+        epoch = customary.epoch_seconds(site)
+        rows.append(
+            {
+                "site": site,
+                "suffix_share": _suffix_share(model, site),
+                "cached_seconds": seconds["cached"],
+                "frozen_seconds": seconds["frozen"],
+                "customary_seconds": epoch * how.num_epochs * len(bundle),
+                "step_over_bare": _step_over_bare(model, task, site, how, len(bundle)),
+                "cache_bytes": fits["cached"][0].cache_bytes,
+                "largest_accuracy_gap": gap,
+            }
+        )
+    return {"sites": rows, "device": efficiency.device_name(next(model.parameters()).device)}
+
+
+def summarize(name: str, rows: pd.DataFrame) -> pd.DataFrame:
+    """Gains against their bound, for the full sweep over sites and for its last quarter."""
+    out = []
+    for label, part in (("all sites", rows), ("last quarter", rows.tail(math.ceil(len(rows) / 4)))):
+        bound = (1 + part["suffix_share"]).sum() / (2 * part["suffix_share"]).sum()
+        gain = part["frozen_seconds"].sum() / part["cached_seconds"].sum()
+        out.append(
+            {
+                "backbone": name,
+                "sweep": label,
+                "cached_s": part["cached_seconds"].sum(),
+                "frozen_s": part["frozen_seconds"].sum(),
+                "gain": gain,
+                "bound": bound,
+                "share_of_bound": gain / bound,
+                "customary_s": part["customary_seconds"].sum(),
+                "gain_over_customary": part["customary_seconds"].sum() / part["cached_seconds"].sum(),
+                "step_over_bare": part["step_over_bare"].median(),
+                "worst_step": part["step_over_bare"].max(),
+                "cache_MiB": part["cache_bytes"].max() / 2**20,
+                "accuracy_gap": part["largest_accuracy_gap"].max(),
+            }
+        )
+    return pd.DataFrame(out)
+
+
+def command(
+    suite: Annotated[str, typer.Option(help="where the records go")] = "small",
+    epochs: Annotated[int, typer.Option(help="epochs of each training")] = RECIPE.num_epochs,
+) -> None:
+    """Race the cached sweep against a frozen loop and the customary one, on three backbones."""
+    chosen = (
+        {"name": "mobilenetv2_100", "pretrained": False, "pad_type": "same", "input_size": 128},
+        {"name": "vit_micro"},
+        {"name": "resnet_micro"},
+    )
+    tables = []
+    for backbone in chosen:
+        config = {"backbone": backbone, "recipe": asdict(replace(RECIPE, num_epochs=epochs))}
+        record = records.fetch(race, config, sources=(training, sites), folder=records.folder(suite), fresh=True)
+        tables.append(summarize(str(backbone["name"]), pd.DataFrame(record["sites"])))
+        typer.echo(record["device"])
+        typer.echo(tables[-1].round(2).T.to_string())
+
+
+def _random_task(side: int, recipe: training.Recipe, num_classes: int) -> Task:
+    random = np.random.default_rng(0)
+
+    def images(count: int) -> Images:
+        pixels = torch.from_numpy(random.integers(0, 256, (count, 3, side, side), dtype=np.uint8))
+        return Images(pixels, torch.arange(count) % num_classes)
+
+    train, validation, test = recipe.num_train or 0, recipe.num_validation or 0, recipe.num_test or 0
+    classes = tuple(f"class {index}" for index in range(num_classes))
+    return Task("random pixels", classes, images(train + validation), images(test), "drawn at random")
+
+
+def _suffix_share(model: nn.Module, site: str) -> float:
+    side = backbones.input_size(model)
+    x = torch.zeros(2, 3, side, side, device=next(model.parameters()).device)
+    prefix, suffix = sites.split(model, site)
+    with torch.no_grad():
+        crossing = prefix(x)
+        return efficiency.count_flops(lambda: suffix(*crossing)) / efficiency.count_flops(lambda: model(x))
+
+
+def _step_over_bare(
+    model: nn.Module, task: Task, site: str, recipe: training.Recipe, num: int, num_repeats: int = 9
+) -> float:
+    """Time of the loop's step, divided by that of the bare suffix's forward and backward on the same stack."""
+    configurations = [training.Configuration(learning_rate=rate) for rate in RATES[:num]]
+    bundle = training.Bundle(model, task, methods.ActivationPrompting(site=site), configurations, recipe)
+    chunks = [bundle.splits[0].train[: recipe.batch_size]] * num
+    _, plain = sites.split(model, site)
+    leaf, *others = bundle.source(torch.cat(chunks))
+    leaf.requires_grad_(True)
+
+    def bare() -> None:
+        with training.autocast(model, recipe.precision):
+            features = plain(leaf, *others)
+        features.float().sum().backward()
+        leaf.grad = None
+
+    works = {"step": lambda: bundle.step(chunks, 0.5), "bare": bare}
+    seconds = efficiency.interleaved_seconds(works, num_repeats, bundle.device)
+    return seconds["step"] / seconds["bare"]
+
+
+class _Customary:
+    """The loop of published code: all gradients kept, images decoded in every epoch, the test set evaluated too."""
+
+    def __init__(self, model: nn.Module, task: Task, recipe: training.Recipe) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(True)
+        self.task, self.recipe = task, recipe
+        self.split = task.split(0, recipe.num_train, recipe.num_validation, recipe.num_test)
+        self.files = {
+            "train": [_encode(pixels) for pixels in task.train.pixels],
+            "test": [_encode(pixels) for pixels in task.test.pixels],
+        }
+
+    def epoch_seconds(self, site: str) -> float:
+        """Time of one epoch of one configuration, with evaluations on the validation and on the test part."""
+        prompt = prompts.ActivationPrompt.zeros(self.model, site).to(next(self.model.parameters()).device)
+        with torch.no_grad():
+            width = self.model(self._images("train", self.split.train[:2])).shape[1]
+        head = nn.Linear(width, len(self.task.classes)).to(prompt.delta.device)
+        prompted = prompts.PromptedBackbone(self.model, prompt, head)
+        optimizer = torch.optim.AdamW([*prompt.parameters(), *head.parameters()], RATES[0])
+        start = perf_counter()
+        for chunk in self.split.train.split(self.recipe.batch_size):
+            labels = self.task.train.labels[chunk].to(prompt.delta.device)
+            with training.autocast(self.model, self.recipe.precision):
+                logits = prompted(self._images("train", chunk))
+            functional.cross_entropy(logits.float(), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for part, indices in (("train", self.split.validation), ("test", self.split.test)):
+            for chunk in indices.split(self.recipe.batch_size):
+                with torch.no_grad(), training.autocast(self.model, self.recipe.precision):
+                    prompted(self._images(part, chunk))
+        seconds = perf_counter() - start
+        self.model.zero_grad()
+        return seconds
+
+    def _images(self, part: str, indices: Tensor) -> Tensor:
+        arrays = [np.asarray(Image.open(io.BytesIO(self.files[part][index]))) for index in indices.tolist()]
+        pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+        labels = torch.zeros(len(pixels), dtype=torch.long)
+        return training.normalized(self.model, Images(pixels, labels), torch.arange(len(pixels)))
+
+
+def _encode(pixels: Tensor) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, format="jpeg", quality=90)
+    return file.getvalue()

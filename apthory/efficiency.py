@@ -1,0 +1,202 @@
+"""What a method costs: parameters, FLOPs, time, memory and throughput, per site."""
+
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from apthory import backbones, methods, records, sites, training
+from apthory.heads import LinearHeads
+from apthory.progress import progress
+
+
+def count_flops(work: Callable[[], Any]) -> int:
+    """Floating-point operations of matrix products, convolutions and attention (two for a multiply-add)."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def peak_memory(work: Callable[[], Any], device: torch.device | str = "cpu") -> int:
+    """Largest number of bytes held at once by tensors that the work makes; weights and inputs do not count."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with _LiveStorages() as live:
+        work()
+    return live.peak
+
+
+def median_seconds(work: Callable[[], Any], num_repeats: int = 7, device: torch.device | str = "cpu") -> float:
+    """Median wall time of the work, after one call to warm up."""
+    return interleaved_seconds({"work": work}, num_repeats, device)["work"]
+
+
+def interleaved_seconds(
+    works: Mapping[str, Callable[[], Any]], num_repeats: int = 7, device: torch.device | str = "cpu"
+) -> dict[str, float]:
+    """Median wall time of several pieces of work, taken in turns so that a drifting machine favours none."""
+    is_cuda = torch.device(device).type == "cuda"
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for repeat in range(num_repeats + 1):
+        for name, work in works.items():
+            if is_cuda:
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            work()
+            if is_cuda:
+                torch.cuda.synchronize(device)
+            if repeat:
+                times[name].append(time.perf_counter() - start)
+    return {name: float(torch.tensor(values).median()) for name, values in times.items()}
+
+
+def device_name(device: torch.device | str) -> str:
+    """The hardware behind a timing, in words."""
+    environment = records.environment()
+    if torch.device(device).type == "cuda":
+        return str(environment["gpu"])
+    return f"{environment['processor']}, {environment['threads']} threads"
+
+
+@records.versioned(1)
+def measure_sites(
+    backbone: Mapping[str, Any],
+    batch_size: int,
+    num_classes: int = 10,
+    precision: str = "auto",
+    last_sites: int | None = None,
+    num_repeats: int = 7,
+) -> dict[str, Any]:
+    """Costs of a training step with a prompt at every block site, and of inference, for random images.
+
+    Args:
+        backbone: Arguments of `backbones.load`; weights do not matter, ``pretrained=False`` will do.
+        batch_size: Images in a step.
+        num_classes: Outputs of the head.
+        precision: As in `training.Recipe`.
+        last_sites: Only so many sites, from the last, besides the input.
+        num_repeats: Timed calls of each step.
+
+    Returns:
+        For each site: parameters of prompt and head; FLOPs of a step, peak bytes and seconds with the whole
+        backbone and with a cached prefix; bytes that the cache takes for an image; images per second at
+        inference. Then the FLOPs of a forward pass and the device.
+    """
+    model = backbones.load(**backbone)
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    side = backbones.input_size(model)
+    x = torch.randn(batch_size, 3, side, side, generator=generator).to(device)
+    if backbones.is_channels_last(model):
+        x = x.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(num_classes, (1, batch_size), generator=generator).to(device)
+    with torch.no_grad():
+        forward_flops = count_flops(lambda: model(x)) // batch_size
+    places = sites.list_sites(model)
+    chosen = places if last_sites is None else [places[0], *places[-last_sites:]]
+    rows = []
+    for site in progress(chosen, desc=f"costs of {backbone['name']}"):
+        step = _Step(model, site, x, labels, num_classes, precision)
+        works = {"whole": step.whole, "cached": step.cached, "inference": step.inference}
+        seconds = interleaved_seconds(works, num_repeats, device)
+        rows.append(
+            {
+                "site": site,
+                "parameters": step.num_parameters,
+                "head_parameters": step.num_head_parameters,
+                "step_flops": count_flops(step.whole) // batch_size,
+                "cached_step_flops": count_flops(step.cached) // batch_size,
+                "suffix_flops": count_flops(step.suffix) // batch_size,
+                "step_bytes": peak_memory(step.whole, device),
+                "cached_step_bytes": peak_memory(step.cached, device),
+                "cache_bytes_per_image": sum(z.numel() * z.element_size() for z in step.crossing) // batch_size,
+                "step_seconds": seconds["whole"],
+                "cached_step_seconds": seconds["cached"],
+                "inference_images_per_second": batch_size / seconds["inference"],
+            }
+        )
+    return {"forward_flops": forward_flops, "sites": rows, "device": device_name(device)}
+
+
+class _Step:
+    """One training step of a prompt and a head at a site, as closures to be measured."""
+
+    def __init__(
+        self, model: nn.Module, site: str, x: Tensor, labels: Tensor, num_classes: int, precision: str
+    ) -> None:
+        self.model, self.x, self.labels, self.precision = model, x, labels, precision
+        self.body = methods.ActivationPrompting(site=site).build(model, 1)
+        self.body.suffix.to(x.device)
+        with torch.no_grad(), training.autocast(model, precision):
+            self.crossing = self.body.prefix(x)
+            features = self.body.suffix(*self.crossing)
+        self.heads = LinearHeads(1, features.shape[1], num_classes, [torch.Generator()]).to(x.device)
+        self.trained = [*self.body.edits.parameters(), *self.heads.parameters()]
+        self.num_head_parameters = sum(p.numel() for p in self.heads.parameters())
+        self.num_parameters = sum(p.numel() for p in self.trained) - self.num_head_parameters
+
+    def _learn(self, crossing: tuple[Tensor, ...]) -> None:
+        with training.autocast(self.model, self.precision):
+            features = self.body.suffix(*crossing)
+        training.losses(self.heads(features), self.labels).sum().backward()
+        for parameter in self.trained:
+            parameter.grad = None
+
+    def cached(self) -> None:
+        self._learn(self.crossing)
+
+    def whole(self) -> None:
+        with torch.no_grad(), training.autocast(self.model, self.precision):
+            crossing = self.body.prefix(self.x)
+        self._learn(crossing)
+
+    @torch.no_grad()
+    def inference(self) -> None:
+        with training.autocast(self.model, self.precision):
+            features = self.body.suffix(*self.body.prefix(self.x))
+        self.heads(features)
+
+    @torch.no_grad()
+    def suffix(self) -> None:
+        self.body.suffix(*self.crossing)
+
+
+class _LiveStorages(TorchDispatchMode):
+    """Counts the bytes of tensors made inside and still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in given and storage._cdata not in self.known:
+                    self._enter(storage)
+        return output
+
+    def _enter(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self.known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._leave, key, size)
+
+    def _leave(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size

@@ -1,0 +1,215 @@
+"""Ways to adapt a frozen backbone, each as a cut and the edits after it.
+
+A method says where the frozen prefix ends (its result can be cached) and which trainable edits the suffix carries.
+Edits hold their parameters for a whole bundle: the first axis counts configurations, and the batch that they are
+given stacks the configurations' examples one after the other.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from apthory import prompts, sites
+
+
+@dataclass
+class Body:
+    """A backbone prepared for a bundle: ``suffix(*prefix(images))`` gives features, with the bundle's edits inside."""
+
+    prefix: nn.Module  # frozen; images -> tensors that cross the cut
+    suffix: nn.Module  # tensors for the stacked configurations -> features
+    edits: nn.ModuleDict  # the trainable parts, by name; their parameters are stacked by configuration
+
+    def calibrate(self, crossing: Float[Tensor, "num batch *unit"]) -> None:
+        """Tell the edits at the cut how large the activations are that they edit."""
+        for edit in self.edits.values():
+            if isinstance(edit, Shift) and edit.relative:
+                edit.unit.copy_(rms(crossing).view_as(edit.unit))
+
+
+class Shift(nn.Module):
+    """Adds ``unit * values``: activation prompts for a bundle of configurations.
+
+    Args:
+        num: Configurations in the bundle.
+        shape: Shape of one prompt.
+        relative: Measure the prompt in units of the activation's root mean square, so that one learning rate
+            means the same at every site; otherwise the unit is one.
+    """
+
+    def __init__(self, num: int, shape: tuple[int, ...], relative: bool = True) -> None:
+        super().__init__()
+        self.relative = relative
+        self.values = nn.Parameter(torch.zeros(num, *shape))
+        self.register_buffer("unit", torch.ones(num, *(1 for _ in shape)))
+
+    def forward(self, z: Float[Tensor, "stack *unit"]) -> Float[Tensor, "stack *unit"]:
+        delta = (self.unit * self.values).to(z.dtype).unsqueeze(1)
+        return (z.unflatten(0, (len(delta), -1)) + delta).flatten(0, 1)
+
+
+class Affine(nn.Module):
+    """``(1 + scale) * y + unit * shift`` after a normalization layer: tuning of its gamma and beta.
+
+    With gamma' = gamma (1 + scale) and beta' = beta (1 + scale) + unit * shift this reaches every gamma' and beta'
+    as long as gamma has no zeros. The unit is the root mean square that gamma and beta give to a normalized input.
+    """
+
+    def __init__(self, num: int, norm: nn.Module, shape: tuple[int, ...], parameters: str) -> None:
+        super().__init__()
+        weight, bias = (getattr(norm, name, None) for name in ("weight", "bias"))
+        if weight is None:
+            raise ValueError(f"{norm} has no gamma and beta to tune; choose a site next to an affine norm layer")
+        square = weight.square() + (0 if bias is None else bias.square())
+        self.unit = float(square.mean().sqrt())
+        self.scale = nn.Parameter(torch.zeros(num, *shape)) if parameters in ("gamma", "both") else None
+        self.shift = nn.Parameter(torch.zeros(num, *shape)) if parameters in ("beta", "both") else None
+
+    def forward(self, y: Float[Tensor, "stack *unit"]) -> Float[Tensor, "stack *unit"]:
+        num = len(self.scale if self.scale is not None else self.shift)
+        z = y.unflatten(0, (num, -1))
+        if self.scale is not None:
+            z = z * (1 + self.scale).to(y.dtype).unsqueeze(1)
+        if self.shift is not None:
+            z = z + (self.unit * self.shift).to(y.dtype).unsqueeze(1)
+        return z.flatten(0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationPrompting:
+    """A prompt at one site, and a head; at ``:input`` visual prompting (Bahng et al. 2022, full image)."""
+
+    name: ClassVar[str] = "ap"
+    site: str  # where the prompt is added
+    shape: prompts.Shape = "full"  # one value a unit, or one a channel
+    relative: bool = True  # learn in units of the activation's root mean square
+    rate: float = 10.0  # learning rate of the prompt, relative to that of the head
+    head: Literal["trained", "frozen"] = "trained"  # frozen: at the linear probe's weights
+
+    def build(self, backbone: nn.Module, num: int) -> Body:
+        edit = Shift(num, prompts.prompt_shape(backbone, self.site, self.shape), self.relative)
+        prefix, suffix = sites.split(backbone, self.site, {self.site: edit})
+        return Body(prefix, suffix, nn.ModuleDict({"prompt": edit}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormTuning:
+    """Gamma and beta of the normalization layers between one block site and the next; statistics stay frozen."""
+
+    name: ClassVar[str] = "norm"
+    site: str  # block site after which the layers lie
+    parameters: Literal["gamma", "beta", "both"] = "both"
+    rate: float = 10.0  # learning rate of gamma and beta, relative to that of the head
+    head: Literal["trained", "frozen"] = "trained"
+
+    def build(self, backbone: nn.Module, num: int) -> Body:
+        layers = sites.norms_between(backbone, self.site)
+        if not layers:
+            raise ValueError(f"there is no normalization layer between {self.site!r} and the next block to tune")
+        edits, table = {}, nn.ModuleDict()
+        for index, layer in enumerate(layers):
+            place = sites.affine_output(backbone, layer)
+            shape = prompts.prompt_shape(backbone, place, "channel")
+            table[f"norm_{index}"] = edits[place] = Affine(num, backbone.get_submodule(layer), shape, self.parameters)
+        prefix, suffix = sites.split(backbone, self.site, edits)
+        return Body(prefix, suffix, table)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearProbe:
+    """A head alone: on the final features, or on a site's own activations averaged over positions."""
+
+    name: ClassVar[str] = "linear"
+    site: str = ":output"  # where the features are read
+    head: ClassVar[str] = "trained"
+
+    def build(self, backbone: nn.Module, num: int) -> Body:
+        prefix, suffix = sites.split(backbone, self.site)
+        if self.site != ":output":
+            rank = len(sites.site_shape(backbone, self.site))
+            prefix = _Pooled(prefix, sites.channel_axis(backbone, self.site) if rank > 1 else -1)
+            suffix = nn.Identity()
+        return Body(prefix, suffix, nn.ModuleDict())
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedPrompt:
+    """A head over a backbone with a frozen prompt: the control for what a random prompt of some size does."""
+
+    name: ClassVar[str] = "random"
+    site: str
+    norm: float  # Euclidean norm of the prompt over all units, in the activation's units
+    seed: int = 0  # direction of the prompt, uniform on the sphere
+    shape: prompts.Shape = "full"
+    head: ClassVar[str] = "trained"
+
+    def build(self, backbone: nn.Module, num: int) -> Body:
+        generator = torch.Generator().manual_seed(self.seed)
+        delta = torch.randn(prompts.prompt_shape(backbone, self.site, self.shape), generator=generator)
+        spread = delta.expand(sites.site_shape(backbone, self.site)).norm()
+        delta = (delta * (self.norm / spread)).to(next(backbone.parameters()).device)
+        prompt = prompts.ActivationPrompt(self.site, delta, self.shape).requires_grad_(False)
+        prefix, suffix = sites.split(backbone, self.site, {self.site: prompt})
+        return Body(_Chain(prefix, suffix), nn.Identity(), nn.ModuleDict())
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullFineTuning:
+    """All weights, from the pretrained ones; normalization statistics stay frozen."""
+
+    name: ClassVar[str] = "full"
+    rate: float = 0.05  # learning rate of the weights, relative to that of the head
+    head: ClassVar[str] = "trained"
+    site: ClassVar[str] = ":input"
+
+    def build(self, backbone: nn.Module, num: int) -> Body:
+        prefix, _ = sites.split(backbone, ":input")
+        copies = nn.ModuleList(copy.deepcopy(backbone).requires_grad_(True) for _ in range(num))
+        return Body(prefix, _Copies(copies), nn.ModuleDict({"weights": copies}))
+
+
+Method = ActivationPrompting | NormTuning | LinearProbe | FixedPrompt | FullFineTuning
+METHODS = {
+    method.name: method for method in (ActivationPrompting, NormTuning, LinearProbe, FixedPrompt, FullFineTuning)
+}
+
+
+class _Pooled(nn.Module):
+    """The site's activation, averaged over positions."""
+
+    def __init__(self, prefix: nn.Module, axis: int) -> None:
+        super().__init__()
+        self.prefix, self.axis = prefix, axis
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        z = self.prefix(x)[0].movedim(self.axis, -1)
+        return (z.flatten(1, -2).mean(1) if z.ndim > 2 else z,)
+
+
+class _Chain(nn.Module):
+    def __init__(self, prefix: nn.Module, suffix: nn.Module) -> None:
+        super().__init__()
+        self.prefix, self.suffix = prefix, suffix
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (self.suffix(*self.prefix(x)),)
+
+
+class _Copies(nn.Module):
+    """One network for each configuration."""
+
+    def __init__(self, copies: nn.ModuleList) -> None:
+        super().__init__()
+        self.copies = copies
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([model(part) for model, part in zip(self.copies, x.chunk(len(self.copies)), strict=True)])
+
+
+def rms(x: Float[Tensor, "num *rest"]) -> Float[Tensor, " num"]:
+    """Root mean square of each entry of a stack; never zero."""
+    return x.float().square().flatten(1).mean(1).sqrt().clamp_min(1e-12)

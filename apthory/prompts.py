@@ -1,0 +1,133 @@
+"""Activation prompts: one learnable perturbation, the same for all inputs, added at one site of a frozen backbone."""
+
+import json
+import os
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from apthory import backbones, sites
+
+Shape = Literal["full", "channel"]
+_FORMAT = "apthory.prompt/1"
+
+
+class ActivationPrompt(nn.Module):
+    """``z + delta`` at a site; at ``:input`` this is visual prompting.
+
+    A *full* prompt has one value for every unit of the activation, a *channel* prompt one for every channel (after
+    a normalization layer that is exactly a shift of its bias). A zero prompt is the identity, bit for bit.
+
+    Args:
+        site: Canonical name of the place.
+        delta: The perturbation, in the units of the activation; it broadcasts over the batch.
+        shape: What the prompt's values stand for.
+    """
+
+    def __init__(self, site: str, delta: Float[Tensor, "*unit"], shape: Shape = "full") -> None:
+        super().__init__()
+        self.site = site
+        self.shape = shape
+        self.delta = nn.Parameter(delta)
+
+    @classmethod
+    def zeros(cls, backbone: nn.Module, site: str, shape: Shape = "full") -> "ActivationPrompt":
+        """The identity prompt for a site of this backbone."""
+        site = sites.resolve(backbone, site)
+        return cls(site, torch.zeros(prompt_shape(backbone, site, shape)), shape)
+
+    def forward(self, z: Float[Tensor, "batch *unit"]) -> Float[Tensor, "batch *unit"]:
+        if torch.broadcast_shapes(z.shape[1:], self.delta.shape) != z.shape[1:]:
+            raise ValueError(
+                f"a prompt of shape {tuple(self.delta.shape)} does not fit the activation {tuple(z.shape[1:])} "
+                f"at {self.site!r}; ActivationPrompt.zeros(backbone, {self.site!r}) has the right one"
+            )
+        return z + self.delta.to(z.dtype)
+
+    def relative_norm(self, z: Float[Tensor, "batch *unit"]) -> float:
+        """Norm of the prompt, spread over all units, divided by the mean norm of the activations."""
+        delta = self.delta.expand(z.shape[1:]).float().norm()
+        return float(delta / z.float().flatten(1).norm(dim=1).mean())
+
+    def extra_repr(self) -> str:
+        return f"site={self.site!r}, shape={self.shape!r}, delta={tuple(self.delta.shape)}"
+
+
+class PromptedBackbone(nn.Module):
+    """A frozen backbone with a prompt, and a head when there is one; maps normalized images to logits."""
+
+    def __init__(self, backbone: nn.Module, prompt: ActivationPrompt, head: nn.Module | None = None) -> None:
+        super().__init__()
+        self.backbone, self.prompt, self.head = backbone, prompt, head
+
+    def forward(self, x: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch class"]:
+        with sites.edited(self.backbone, {self.prompt.site: self.prompt}):
+            features = self.backbone(x)
+        return features if self.head is None else self.head(features)
+
+
+def prompt_shape(backbone: nn.Module, site: str, shape: Shape = "full") -> tuple[int, ...]:
+    """Shape of a prompt's values: the activation's, or its channels with ones elsewhere."""
+    if shape not in get_args(Shape):
+        raise ValueError(f"prompt shape {shape!r} is not one of {', '.join(get_args(Shape))}")
+    unit = sites.site_shape(backbone, site)
+    if shape == "full":
+        return unit
+    axis = sites.channel_axis(backbone, site)
+    return tuple(size if index - len(unit) == axis else 1 for index, size in enumerate(unit))
+
+
+def save(path: str | Path, prompt: ActivationPrompt, backbone: nn.Module, head: nn.Linear | None = None) -> Path:
+    """Write a prompt, and its head, as safetensors with the configuration in the metadata; never the backbone."""
+    path = Path(path)
+    tensors = {"prompt": prompt.delta.detach()}
+    if head is not None:
+        tensors |= {f"head.{name}": value.detach() for name, value in head.named_parameters()}
+    config = {
+        "format": _FORMAT,
+        "site": prompt.site,
+        "shape": prompt.shape,
+        "backbone": backbones.architecture(backbone),
+        "digest": backbones.digest(backbone),
+    }
+    partial = path.with_name(path.name + ".partial")
+    metadata = {"apthory": json.dumps(config)}
+    save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial, metadata)
+    os.replace(partial, path)
+    return path
+
+
+def load(path: str | Path, backbone: nn.Module) -> PromptedBackbone:
+    """Read a prompt back onto the backbone for which it was trained.
+
+    Raises:
+        ValueError: If the file is not a prompt, or belongs to another backbone, site or shape.
+    """
+    with safe_open(path, "pt") as file:
+        config = json.loads((file.metadata() or {}).get("apthory", "{}"))
+        if config.get("format") != _FORMAT:
+            raise ValueError(f"{path} is not a prompt saved by apthory (format {config.get('format')!r})")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    own = backbones.architecture(backbone)
+    if config["backbone"] != own:
+        raise ValueError(f"{path} was trained for the backbone {config['backbone']!r}, not {own!r}; load that one")
+    if config["digest"] != backbones.digest(backbone):
+        raise ValueError(f"{path} was trained for other weights of {own!r}; load the backbone with those weights")
+    site = sites.resolve(backbone, config["site"])
+    expected = prompt_shape(backbone, site, config["shape"])
+    if tuple(tensors["prompt"].shape) != expected:
+        found = tuple(tensors["prompt"].shape)
+        raise ValueError(f"{path} holds a prompt of shape {found}; {site!r} of this backbone takes {expected}")
+    device = next(backbone.parameters()).device
+    head = None
+    if "head.weight" in tensors:
+        num_classes, width = tensors["head.weight"].shape
+        head = nn.Linear(width, num_classes)
+        head.load_state_dict({"weight": tensors["head.weight"], "bias": tensors["head.bias"]})
+    prompt = ActivationPrompt(site, tensors["prompt"], config["shape"])
+    return PromptedBackbone(backbone, prompt, head).to(device).requires_grad_(False).eval()

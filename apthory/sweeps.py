@@ -1,0 +1,349 @@
+"""Bundles of work with a record each, run one after the other or on any concurrent.futures executor.
+
+A *cell* is one backbone, task and method under one protocol: the unit of a sweep, of its cache and of failure. A
+killed sweep goes on where it stopped, with the same bits.
+"""
+
+import json
+import os
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import torch
+import typer
+from torch import nn
+
+from apthory import backbones, heads, methods, prompts, records, sites, tasks, training
+from apthory.progress import progress
+
+_SOURCES = (sites, prompts, methods, heads, training, backbones, tasks)
+SMALL_TASKS = ("cifar10", "gtsrb", "caltech101", "dtd10", "pacs", "rsscn7", "sign_digits", "trashnet")
+MOBILENET = {
+    "name": "mobilenetv2_100",
+    "weights": "mobilenetv2_100.imagenet1k_dequant_fp16.safetensors",
+    "pad_type": "same",
+    "input_size": 128,
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How every method of a suite is trained and chosen."""
+
+    recipe: training.Recipe
+    learning_rates: tuple[float, ...] = (4e-3, 1.6e-2, 6.4e-2)  # of the head; a choice at the edge extends the grid
+    seeds: tuple[int, ...] = (0, 1, 2)  # the first one chooses the learning rate
+    control_seeds: tuple[int, ...] = (0, 1, 2)  # of controls that cost as much as a prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A layer study: which backbones, tasks and sites."""
+
+    protocol: Protocol
+    backbones: tuple[Mapping[str, Any], ...] = ({"name": "vit_micro"}, {"name": "resnet_micro"})
+    tasks: tuple[str, ...] = SMALL_TASKS
+    last_sites: int | None = None  # only so many block sites, from the last; None for all
+    controls_every: int = 1  # normalization tuning and frozen heads at every so-manieth site, from the last
+    full: bool = True  # full fine-tuning as a comparator
+
+
+STUDIES: dict[str, dict[str, Study]] = {
+    "embedded": {
+        "S": Study(
+            protocol=Protocol(
+                recipe=training.Recipe(num_epochs=6, num_train=128, num_validation=100, num_test=300),
+                seeds=(0, 1),
+                control_seeds=(0,),
+            ),
+            tasks=("textures", "orientation"),
+            controls_every=3,
+        ),
+    },
+    "small": {
+        "S": Study(protocol=Protocol(recipe=training.Recipe(), control_seeds=(0,)), controls_every=2),
+        "mobilenet": Study(
+            protocol=Protocol(recipe=training.Recipe(), control_seeds=(0,)),
+            backbones=(MOBILENET,),
+            tasks=("dtd10", "pacs", "caltech101"),
+            last_sites=9,
+            controls_every=4,
+            full=False,
+        ),
+    },
+}
+
+
+def run_study(study: Study, folder: Path, executor: Executor | None = None) -> pd.DataFrame:
+    """All cells of a layer study, computed or read from their records, as a tidy table (see `table`)."""
+    return table(fetch_study(study, folder, executor))
+
+
+def fetch_study(study: Study, folder: Path, executor: Executor | None = None) -> list[records.Record]:
+    """The records of `run_study`."""
+    main = fetch_all(list(cells(study)), folder, executor)
+    norms = {
+        _place(record.config): record["prompt_norm"] for record in main if record.config["method"]["name"] in ("ap", "vp")
+    }
+    random = []
+    for record in main:
+        if record.config["method"]["name"] in ("ap", "vp"):
+            method = {
+                "name": "random_prompt",
+                "site": record.config["method"]["site"],
+                # A tenth of a percent is enough; rounding keeps keys free of the last bits of a machine.
+                "norms": [float(f"{norm:.3g}") for norm in norms[_place(record.config)]],
+            }
+            random.append({**record.config, "method": method})
+    return main + fetch_all(random, folder, executor)
+
+
+def cells(study: Study) -> Iterable[dict[str, Any]]:
+    """Configurations of `run_cell`: the prompts and cheap controls first, then the controls that cost as much."""
+    every, costly = [], []
+    for backbone in study.backbones:
+        model = _backbone(json.dumps(dict(backbone)))
+        places = sites.list_sites(model)
+        chosen = places if study.last_sites is None else places[-study.last_sites :]
+        with_controls = chosen[::-1][:: study.controls_every]
+        for task in study.tasks:
+            every.append(_cell(study, backbone, task, {"name": "linear_probe"}))
+            for site in chosen:
+                every.append(_cell(study, backbone, task, {"name": "vp" if site == ":input" else "ap", "site": site}))
+                every.append(_cell(study, backbone, task, {"name": "site_probe", "site": site}))
+                if site in with_controls:
+                    costly.append(_cell(study, backbone, task, {"name": "frozen_head", "site": site}, control=True))
+                    if sites.norms_between(model, site):
+                        costly.append(_cell(study, backbone, task, {"name": "norm", "site": site}, control=True))
+            if study.full:
+                costly.append(_cell(study, backbone, task, {"name": "full"}, control=True))
+    return every + costly
+
+
+def fetch_all(
+    configs: Sequence[Mapping[str, Any]], folder: Path, executor: Executor | None = None
+) -> list[records.Record]:
+    """Records of many cells, in the order asked for.
+
+    Args:
+        executor: Where to run them; this process, one by one, if left out. Processes and machines must see the
+            same folders of data, weights and records.
+    """
+    if executor is None:
+        return [fetch(config, folder) for config in progress(configs, desc="cells")]
+    futures = [executor.submit(fetch, config, folder) for config in configs]
+    for future in progress(as_completed(futures), desc="cells", total=len(futures)):
+        future.result()  # the first failure ends the sweep; what is done stays recorded
+    return [future.result() for future in futures]
+
+
+def fetch(config: Mapping[str, Any], folder: Path) -> records.Record:
+    """One cell, computed or read. Without the task's data, a record that was made with it is taken as it is."""
+    try:
+        task = _task(config["task"], config["size"])
+        model = _backbone(json.dumps(config["backbone"]))
+    except (ValueError, OSError) as error:
+        found = [r for r in records.load_all(folder, f"{__name__}.run_cell") if r.config == config]
+        if not found:
+            raise
+        warnings.warn(f"taking the record of {config['task']!r} as it is, since {error}", stacklevel=2)
+        return found[0]
+    return records.fetch(
+        run_cell, config, data=task.digest, weights=backbones.digest(model), sources=_SOURCES, folder=folder
+    )
+
+
+@records.versioned(1)
+def run_cell(
+    backbone: Mapping[str, Any],
+    task: str,
+    size: int,
+    method: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    learning_rates: Sequence[float],
+    seeds: Sequence[int],
+) -> dict[str, Any]:
+    """Tune one method on one task under the protocol, then evaluate it on the test part, once.
+
+    Args:
+        backbone: Arguments of `backbones.load`.
+        task: Name for `tasks.load`.
+        size: Side of the images in pixels.
+        method: Its name in the field's tables, its site, and further fields of the method's class.
+        recipe: Fields of `training.Recipe`.
+        learning_rates: Grid for the first seed.
+        seeds: All seeds.
+    """
+    started = time.perf_counter()
+    model, data = _backbone(json.dumps(dict(backbone))), _task(task, size)
+    how = training.Recipe(**recipe)
+    if method["name"] == "random_prompt":
+        fits = _fit_random(model, data, method, how, learning_rates, seeds)
+        evaluations = [training.evaluate(data, [one])[0] for one in fits]
+    else:
+        probe = None
+        if method["name"] == "frozen_head":
+            probe = training.tune(model, data, methods.LinearProbe(), how, learning_rates, seeds)
+        fits = training.tune(model, data, make(method), how, learning_rates, seeds, heads=probe)
+        evaluations = training.evaluate(data, fits)
+    return {
+        "accuracy": [e.accuracy for e in evaluations],
+        "correct": [np.packbits(e.correct.numpy()).tobytes().hex() for e in evaluations],
+        "num_test": len(fits[0].split.test),
+        "learning_rate": fits[0].configuration.learning_rate,
+        "validation_accuracy": [fit.validation_accuracy for fit in fits],
+        "epoch": [fit.epoch for fit in fits],
+        "prompt_norm": [fit.prompt_norm for fit in fits],
+        "relative_norm": [fit.relative_norm for fit in fits],
+        "train_curve": list(fits[0].train_curve),
+        "validation_curve": list(fits[0].validation_curve),
+        "split": [fit.split.digest for fit in fits],
+        "transform": data.transform,
+        "cache_bytes": fits[0].cache_bytes,
+        "bundle_seconds": time.perf_counter() - started,
+    }
+
+
+def make(method: Mapping[str, Any]) -> methods.Method:
+    """The method behind a name of the tables: vp, ap, frozen_head, norm, linear_probe, site_probe, full."""
+    name, fields = method["name"], {key: value for key, value in method.items() if key != "name"}
+    match name:
+        case "ap" | "vp":
+            return methods.ActivationPrompting(**fields)
+        case "frozen_head":
+            return methods.ActivationPrompting(**fields, head="frozen")
+        case "norm":
+            return methods.NormTuning(**fields)
+        case "linear_probe" | "site_probe":
+            return methods.LinearProbe(**fields)
+        case "full":
+            return methods.FullFineTuning(**fields)
+    raise ValueError(f"no method {name!r}; expected vp, ap, frozen_head, norm, linear_probe, site_probe or full")
+
+
+def table(cells: Iterable[records.Record]) -> pd.DataFrame:
+    """One row for each cell and seed.
+
+    Columns: backbone, task, method, site, depth (0 at the input, 1 at the last site), seed, accuracy in percent,
+    correct (by test image), learning_rate, relative_norm, seconds of the bundle, key of the record.
+    """
+    rows = []
+    for record in cells:
+        config = record.config
+        site = config["method"].get("site", ":output")
+        depth = _depth(json.dumps(config["backbone"]), site)
+        for index, seed in enumerate(config["seeds"]):
+            bits = np.unpackbits(np.frombuffer(bytes.fromhex(record["correct"][index]), np.uint8))
+            rows.append(
+                {
+                    "backbone": config["backbone"]["name"],
+                    "task": config["task"],
+                    "method": config["method"]["name"],
+                    "site": site,
+                    "depth": depth,
+                    "seed": seed,
+                    "accuracy": record["accuracy"][index],
+                    "correct": bits[: record["num_test"]].astype(bool),
+                    "learning_rate": record["learning_rate"],
+                    "relative_norm": record["relative_norm"][index],
+                    "seconds": record["bundle_seconds"],
+                    "key": record.key,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def command(
+    study: Annotated[str, typer.Argument(help="name of the study, such as S")] = "S",
+    suite: Annotated[str, typer.Option(help="embedded or small")] = "small",
+    data: Annotated[str, typer.Option(help="folder of the tasks; APTHORY_DATA if left out")] = "",
+    weights: Annotated[str, typer.Option(help="folder of weight files; APTHORY_WEIGHTS if left out")] = "",
+    workers: Annotated[int, typer.Option(min=1, help="processes of one thread each; 1 uses this process")] = 1,
+) -> None:
+    """Run a layer study; finished cells are kept, so it can be stopped and started again."""
+    if study not in STUDIES.get(suite, {}):
+        known = ", ".join(f"{one} ({name})" for name, several in STUDIES.items() for one in several)
+        raise typer.BadParameter(f"no study {study!r} in the suite {suite!r}; there are {known}")
+    if data:
+        os.environ["APTHORY_DATA"] = data
+    if weights:
+        os.environ["APTHORY_WEIGHTS"] = weights
+    chosen, folder = STUDIES[suite][study], records.folder(suite)
+    if workers == 1:
+        result = run_study(chosen, folder)
+    else:
+        with ProcessPoolExecutor(workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            result = run_study(chosen, folder, pool)
+    means = result.groupby(["backbone", "method", "site"], sort=False)["accuracy"].mean().round(1)
+    typer.echo(means.to_string())
+
+
+def _cell(
+    study: Study, backbone: Mapping[str, Any], task: str, method: Mapping[str, Any], control: bool = False
+) -> dict[str, Any]:
+    protocol = study.protocol
+    return {
+        "backbone": dict(backbone),
+        "task": task,
+        "size": backbone.get("input_size", 64),
+        "method": dict(method),
+        "recipe": asdict(protocol.recipe),
+        "learning_rates": list(protocol.learning_rates),
+        "seeds": list(protocol.control_seeds if control else protocol.seeds),
+    }
+
+
+def _place(config: Mapping[str, Any]) -> tuple[str, str, str]:
+    return json.dumps(config["backbone"]), config["task"], config["method"]["site"]
+
+
+def _fit_random(
+    model: nn.Module,
+    data: tasks.Task,
+    method: Mapping[str, Any],
+    recipe: training.Recipe,
+    learning_rates: Sequence[float],
+    seeds: Sequence[int],
+) -> list[training.Fit]:
+    """A frozen random prompt of the trained prompt's norm for each seed; the first seed chooses the learning rate."""
+    fixed = [
+        methods.FixedPrompt(site=method["site"], norm=norm, seed=seed)
+        for norm, seed in zip(method["norms"], seeds, strict=True)
+    ]
+    fits = training.tune(model, data, fixed[0], recipe, learning_rates, seeds[:1])
+    for prompt, seed in zip(fixed[1:], seeds[1:], strict=True):
+        configuration = training.Configuration(learning_rate=fits[0].configuration.learning_rate, seed=seed)
+        fits += training.fit(model, data, prompt, [configuration], recipe)
+    return fits
+
+
+@lru_cache(maxsize=4)
+def _backbone(spec: str) -> nn.Module:
+    return backbones.load(**json.loads(spec))
+
+
+@lru_cache(maxsize=4)
+def _task(name: str, size: int) -> tasks.Task:
+    return tasks.load(name, size)
+
+
+@lru_cache
+def _depth(spec: str, site: str) -> float:
+    places = sites.list_sites(backbones.create(**_architecture(json.loads(spec))))
+    return places.index(site) / (len(places) - 1) if site in places else 1.0
+
+
+def _architecture(spec: Mapping[str, Any]) -> dict[str, Any]:
+    data = ("weights", "pretrained", "input_size", "mean", "std", "device")
+    return {key: value for key, value in spec.items() if key not in data}

@@ -1,0 +1,578 @@
+"""One training loop for every method: a cached frozen prefix, and a bundle of configurations trained together.
+
+The configurations of a bundle (learning rate, weight decay, seed) share backbone, task and method. The frozen
+prefix runs once for every image; after it each step feeds the suffix one batch that stacks a batch of every
+configuration. Validation data chooses epoch and configuration; the test part is used by `evaluate` alone.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional
+
+from apthory import backbones, prompts
+from apthory.heads import LinearHeads
+from apthory.methods import Body, Method, rms
+from apthory.progress import progress
+from apthory.tasks import Images, Split, Task
+
+_CHUNK = 256  # images that the prefix and evaluations see at once
+_CALIBRATION = 128  # training images from which scales are read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configuration:
+    """What may differ within a bundle."""
+
+    learning_rate: float = 1e-2
+    weight_decay: float = 0.0
+    seed: int = 0  # subsample, validation split, initial head and order of examples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a bundle shares."""
+
+    num_epochs: int = 10
+    batch_size: int = 32  # examples of each configuration in a step
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: float = 0.9  # of sgd
+    warmup: float = 0.1  # share of all steps with a rising learning rate, before the cosine
+    num_train: int | None = 400  # at most so many images; None for all
+    num_validation: int | None = 100  # held out of the train part
+    num_test: int | None = 500
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the hardware has it
+    deterministic: bool = False  # refuse kernels whose results may vary from run to run
+    cache: bool = True  # keep the prefix's result; False computes it anew at every step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """One trained configuration, at the epoch that was best on validation data."""
+
+    backbone: nn.Module = field(repr=False)
+    method: Method
+    configuration: Configuration
+    recipe: Recipe
+    split: Split = field(repr=False)
+    epoch: int  # counted from 1
+    validation_accuracy: float  # percent, at that epoch
+    validation_loss: float
+    validation_curve: tuple[float, ...]  # percent, by epoch
+    train_curve: tuple[float, ...]  # mean cross-entropy, by epoch
+    prompt_norm: float  # Euclidean norm of the prompt, in the activation's units; 0 without a prompt
+    relative_norm: float  # prompt_norm divided by the mean norm of the activations
+    cache_bytes: int  # memory that the prefix's results took
+    state: dict[str, Tensor] = field(repr=False)
+
+    @property
+    def prompt(self) -> prompts.ActivationPrompt:
+        """The trained prompt, in the units of the activation."""
+        if "edits.prompt.values" not in self.state:
+            raise ValueError(f"the method {self.method.name!r} has no prompt")
+        delta = self.state["edits.prompt.unit"][0] * self.state["edits.prompt.values"][0]
+        return prompts.ActivationPrompt(self.method.site, delta, self.method.shape).requires_grad_(False)
+
+    @property
+    def head(self) -> nn.Linear:
+        """The head as an ordinary layer on the backbone's features."""
+        width, num_classes = self.state["heads.weight"].shape[1:]
+        heads = LinearHeads(1, width, num_classes, [torch.Generator()])
+        heads.load_state_dict({key.removeprefix("heads."): v for key, v in self.state.items() if key.startswith("heads.")})
+        return heads.export(0)
+
+    @property
+    def model(self) -> prompts.PromptedBackbone:
+        """Backbone, prompt and head as one module that maps normalized images to logits."""
+        device = next(self.backbone.parameters()).device
+        return prompts.PromptedBackbone(self.backbone, self.prompt, self.head).to(device)
+
+    def save(self, path: str | Path) -> Path:
+        """Write prompt and head, without the backbone; `apthory.load_prompt` reads them back."""
+        return prompts.save(path, self.prompt, self.backbone, self.head)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A trained configuration on the test part."""
+
+    accuracy: float  # percent
+    correct: Bool[Tensor, " image"]  # by test image, in the order of the split
+
+
+def fit(
+    backbone: nn.Module,
+    task: Task,
+    method: Method,
+    configurations: Sequence[Configuration] | None = None,
+    recipe: Recipe | None = None,
+    *,
+    heads: Sequence[Fit] | None = None,
+    cache: "PrefixCache | None" = None,
+) -> list[Fit]:
+    """Train a bundle of configurations; the test part is not touched.
+
+    Args:
+        backbone: Frozen; only the method's edits and the heads receive gradients, and a checksum holds it to that.
+        configurations: One by default.
+        heads: Fits whose heads a method with a frozen head uses, one for each configuration.
+        cache: Results of the same prefix from an earlier bundle on the same task, which this one extends.
+
+    Raises:
+        ValueError: If a split leaves a class without training images, or a loss is not finite.
+        MemoryError: If even a single configuration does not fit; larger bundles are halved, with a warning.
+    """
+    configurations = [Configuration()] if configurations is None else list(configurations)
+    recipe = recipe or Recipe()
+    before = backbones.digest(backbone)
+    with _deterministic(recipe.deterministic):
+        fits = _fit_or_halve(backbone, task, method, configurations, recipe, heads, cache)
+    if backbones.digest(backbone) != before:
+        raise RuntimeError("the frozen backbone changed during training; something else holds a reference to it")
+    return fits
+
+
+def evaluate(task: Task, fits: Sequence[Fit]) -> list[Evaluation]:
+    """Accuracy of trained configurations of one bundle on the task's test part. Use it once."""
+    first = fits[0]
+    body, heads = _restore(first.backbone, task, fits)
+    indices = first.split.test
+    correct = []
+    for chunk in indices.split(max(1, _CHUNK // len(fits))):
+        labels = task.test.labels[chunk]
+        crossing = _run_prefix(first.backbone, body.prefix, task.test, first.recipe.precision, chunk)
+        with torch.no_grad():
+            with autocast(first.backbone, first.recipe.precision):
+                features = body.suffix(*(_repeat(z, len(fits)) for z in crossing))
+            correct.append(heads(features).argmax(-1).cpu() == labels)
+    table = torch.cat(correct, dim=1)
+    return [Evaluation(accuracy=100 * float(row.float().mean()), correct=row) for row in table]
+
+
+def tune(
+    backbone: nn.Module,
+    task: Task,
+    method: Method,
+    recipe: Recipe,
+    learning_rates: Sequence[float],
+    seeds: Sequence[int],
+    *,
+    heads: Sequence[Fit] | None = None,
+    max_extensions: int = 2,
+) -> list[Fit]:
+    """The protocol: the first seed chooses the learning rate on validation data, then every seed is trained with it.
+
+    A choice at the edge of the grid extends the grid by its own ratio, at most ``max_extensions`` times.
+
+    Args:
+        learning_rates: Ascending grid.
+        heads: Fits whose heads a method with a frozen head uses, one for each seed.
+
+    Returns:
+        One fit for each seed; none has seen the test part.
+    """
+    rates = sorted(learning_rates)
+    cache = PrefixCache()
+    first_head = None if heads is None else heads[:1]
+
+    def train(rates: Sequence[float]) -> list[Fit]:
+        bundle = [Configuration(learning_rate=rate, seed=seeds[0]) for rate in rates]
+        repeated = None if first_head is None else list(first_head) * len(bundle)
+        return fit(backbone, task, method, bundle, recipe, heads=repeated, cache=cache)
+
+    tried = train(rates)
+    for _ in range(max_extensions if len(rates) > 1 else 0):
+        best = choose(tried).configuration.learning_rate
+        if best == rates[0]:
+            rates.insert(0, rates[0] ** 2 / rates[1])
+            tried += train(rates[:1])
+        elif best == rates[-1]:
+            rates.append(rates[-1] ** 2 / rates[-2])
+            tried += train(rates[-1:])
+        else:
+            break
+    best = choose(tried)
+    others = [replace(best.configuration, seed=seed) for seed in seeds[1:]]
+    if not others:
+        return [best]
+    return [best, *fit(backbone, task, method, others, recipe, heads=heads and heads[1:], cache=cache)]
+
+
+def choose(fits: Sequence[Fit]) -> Fit:
+    """The fit with the highest validation accuracy; ties go to the lower validation loss."""
+    return max(fits, key=lambda fit: (fit.validation_accuracy, -fit.validation_loss))
+
+
+class PrefixCache:
+    """Results of a frozen prefix, by training image; exact, since nothing before the cut is trained or random."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, int] = {}
+        self.parts: list[Tensor] = []
+        self.is_channels_last: list[bool] = []
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the results take."""
+        return sum(part.numel() * part.element_size() for part in self.parts)
+
+    def extend(self, backbone: nn.Module, prefix: nn.Module, images: Images, indices: Int64[Tensor, " image"], precision: str) -> None:
+        """Run the prefix on the images that are not in the cache yet."""
+        new = [index for index in indices.unique().tolist() if index not in self.rows]
+        chunks: list[list[Tensor]] = []
+        for chunk in torch.tensor(new, dtype=torch.long).split(_CHUNK):
+            chunks.append(_run_prefix(backbone, prefix, images, precision, chunk))
+        if not new:
+            return
+        self.is_channels_last = [_is_channels_last(z) for z in chunks[0]]
+        for index, flag in enumerate(self.is_channels_last):
+            # Channels go last in storage, so that picking rows keeps the layout that convolutions want.
+            pieces = [chunk[index].movedim(1, -1) if flag else chunk[index] for chunk in chunks]
+            if self.rows:
+                pieces.insert(0, self.parts[index])
+                self.parts[index] = torch.cat(pieces)
+            else:
+                self.parts.append(torch.cat(pieces))
+        self.rows |= {index: len(self.rows) + place for place, index in enumerate(new)}
+
+    def get(self, indices: Int64[Tensor, " image"]) -> list[Tensor]:
+        """The crossing tensors of some images, in the order asked for."""
+        rows = torch.tensor([self.rows[index] for index in indices.tolist()], device=self.parts[0].device)
+        picked = [part.index_select(0, rows) for part in self.parts]
+        return [z.movedim(-1, 1) if flag else z for z, flag in zip(picked, self.is_channels_last, strict=True)]
+
+
+@contextmanager
+def _deterministic(wanted: bool):  # type: ignore[no-untyped-def]
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def autocast(backbone: nn.Module, precision: str) -> AbstractContextManager:
+    """Mixed precision as a recipe asks for it; ``auto`` means bfloat16 where the hardware computes in it."""
+    device = next(backbone.parameters()).device.type
+    has_bfloat16 = torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    wanted = precision == "bfloat16" or (precision == "auto" and has_bfloat16)
+    return torch.autocast(device, torch.bfloat16, enabled=wanted)
+
+
+# ------------------------------------------------------------------------------------------ inside a bundle
+
+
+def _fit_or_halve(backbone, task, method, configurations, recipe, heads, cache):  # type: ignore[no-untyped-def]
+    try:
+        return _fit(backbone, task, method, configurations, recipe, heads, cache)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        if len(configurations) == 1:
+            raise MemoryError(
+                f"one configuration of {method} does not fit the memory; use a smaller recipe.batch_size "
+                f"(now {recipe.batch_size}) or fewer training images"
+            ) from error
+        reason = str(error).splitlines()[0]
+    half = len(configurations) // 2
+    warnings.warn(
+        f"a bundle of {len(configurations)} configurations does not fit the memory ({reason}); halved", stacklevel=3
+    )
+    parts = (configurations[:half], heads and heads[:half]), (configurations[half:], heads and heads[half:])
+    return [one for part, own in parts for one in _fit_or_halve(backbone, task, method, part, recipe, own, cache)]
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+_Source = Callable[[Int64[Tensor, " image"]], list[Tensor]]
+
+
+class Bundle:
+    """Configurations in training: the prefix's results, the suffix with the stacked edits, heads and optimizer."""
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        task: Task,
+        method: Method,
+        configurations: Sequence[Configuration],
+        recipe: Recipe,
+        heads: Sequence[Fit] | None = None,
+        cache: "PrefixCache | None" = None,
+    ) -> None:
+        self.backbone, self.task, self.method, self.recipe = backbone, task, method, recipe
+        self.configurations = configurations
+        sizes = (recipe.num_train, recipe.num_validation, recipe.num_test)
+        self.splits = [task.split(c.seed, *sizes) for c in configurations]
+        self.device = next(backbone.parameters()).device
+        self.body = method.build(backbone, len(configurations))
+        self.body.suffix.to(self.device)
+        self.source, self.cache_bytes = self._make_source(cache)
+        self.heads = self._start()
+        if method.head == "frozen":
+            if heads is None or len(heads) != len(configurations):
+                num = len(configurations)
+                raise ValueError(f"a frozen head needs heads=, one fit for each of the {num} configurations")
+            _load(self.heads, [one.state for one in heads], "heads.")
+            self.heads.requires_grad_(False)
+        self.optimizer = _Optimizer(self.body, self.heads, method, configurations, recipe)
+
+    def step(self, chunks: Sequence[Int64[Tensor, " image"]], done: float) -> Float[Tensor, " num"]:
+        """One update of every configuration; its losses before the update.
+
+        Args:
+            chunks: Train images of each configuration.
+            done: Share of all steps that are done after this one.
+        """
+        labels = torch.stack([self.task.train.labels[chunk] for chunk in chunks]).to(self.device)
+        crossing = self.source(torch.cat(list(chunks)))
+        with autocast(self.backbone, self.recipe.precision):
+            features = self.body.suffix(*crossing)
+        by_configuration = losses(self.heads(features), labels)
+        by_configuration.sum().backward()
+        self.optimizer.step(done)
+        return by_configuration.detach()
+
+    @torch.no_grad()
+    def validate(self) -> tuple[list[float], list[float]]:
+        """Accuracy in percent and mean cross-entropy of every configuration on its validation images."""
+        indices = torch.stack([split.validation for split in self.splits])
+        hits, totals = torch.zeros(len(indices)), torch.zeros(len(indices))
+        for chunk in indices.split(max(1, _CHUNK // len(indices)), dim=1):
+            crossing = self.source(chunk.flatten())
+            with autocast(self.backbone, self.recipe.precision):
+                features = self.body.suffix(*crossing)
+            logits = self.heads(features).cpu()
+            labels = self.task.train.labels[chunk]
+            hits += (logits.argmax(-1) == labels).sum(1)
+            totals += losses(logits, labels) * chunk.shape[1]
+        return (100 * hits / indices.shape[1]).tolist(), (totals / indices.shape[1]).tolist()
+
+    def state(self, k: int) -> dict[str, Tensor]:
+        """A copy of the parameters and units of one configuration, as a bundle of one."""
+        state = {f"heads.{name}": value[k : k + 1].clone() for name, value in self.heads.state_dict().items()}
+        for name, value in self.body.edits.state_dict().items():
+            if not name.startswith("weights."):
+                state[f"edits.{name}"] = value[k : k + 1].clone()
+            elif name.startswith(f"weights.{k}."):
+                state[f"edits.weights.0.{name.removeprefix(f'weights.{k}.')}"] = value.clone()
+        return {name: value.cpu() for name, value in state.items()}
+
+    def _make_source(self, cache: "PrefixCache | None") -> tuple[_Source, int]:
+        arguments = (self.backbone, self.body.prefix, self.task.train)
+        if not self.recipe.cache:
+            return partial(_run_prefix, *arguments, self.recipe.precision), 0
+        cache = PrefixCache() if cache is None else cache
+        wanted = torch.cat([torch.cat([split.train, split.validation]) for split in self.splits])
+        cache.extend(*arguments, wanted, self.recipe.precision)
+        return cache.get, cache.num_bytes
+
+    def _start(self) -> LinearHeads:
+        """Initial heads, and the scale of activations and features on some training images."""
+        num = len(self.configurations)
+        crossing = self.source(torch.cat([split.train[:_CALIBRATION] for split in self.splits]))
+        with torch.no_grad(), autocast(self.backbone, self.recipe.precision):
+            self.body.calibrate(crossing[0].unflatten(0, (num, -1)))
+            features = self.body.suffix(*crossing).float()
+        generators = [torch.Generator().manual_seed(c.seed) for c in self.configurations]
+        heads = LinearHeads(num, features.shape[1], len(self.task.classes), generators).to(self.device)
+        heads.unit.copy_(rms(features.unflatten(0, (num, -1))).view(-1, 1, 1))
+        self.unit_shape = tuple(crossing[0].shape[1:])
+        self.site_norms = crossing[0].float().flatten(1).norm(dim=1).view(num, -1).mean(1).tolist()
+        return heads
+
+
+def _fit(
+    backbone: nn.Module,
+    task: Task,
+    method: Method,
+    configurations: Sequence[Configuration],
+    recipe: Recipe,
+    heads: Sequence[Fit] | None,
+    cache: PrefixCache | None,
+) -> list[Fit]:
+    bundle = Bundle(backbone, task, method, configurations, recipe, heads, cache)
+    num, num_train = len(configurations), len(bundle.splits[0].train)
+    steps = math.ceil(num_train / recipe.batch_size)
+    curves: list[tuple[list[float], list[float]]] = [([], []) for _ in configurations]
+    best = [(0.0, -math.inf, 0)] * num  # accuracy, minus loss, epoch; nothing counts until a loss is finite
+    states = [bundle.state(k) for k in range(num)]
+    for epoch in progress(range(recipe.num_epochs), desc=f"{task.name} {method.name} {method.site} x{num}"):
+        orders = [_order(split.train, c.seed, epoch) for split, c in zip(bundle.splits, configurations, strict=True)]
+        totals = torch.zeros(num)
+        for step in range(steps):
+            chunks = [order[step * recipe.batch_size : (step + 1) * recipe.batch_size] for order in orders]
+            done = (epoch * steps + step + 1) / (recipe.num_epochs * steps)
+            totals += bundle.step(chunks, done).cpu() * (len(chunks[0]) / num_train)
+        for k, (accuracy, loss) in enumerate(zip(*bundle.validate(), strict=True)):
+            curves[k][0].append(float(totals[k]))
+            curves[k][1].append(accuracy)
+            if math.isfinite(loss) and (accuracy, -loss) > best[k][:2]:
+                best[k] = (accuracy, -loss, epoch + 1)
+                states[k] = bundle.state(k)
+    if not any(epoch for *_, epoch in best):
+        rates = ", ".join(f"{c.learning_rate:g}" for c in configurations)
+        raise ValueError(f"no configuration (learning rates {rates}) ever had a finite loss; choose lower rates")
+
+    def result(k: int) -> Fit:
+        norm = _prompt_norm(states[k], bundle.unit_shape)
+        return Fit(
+            backbone=backbone,
+            method=method,
+            configuration=configurations[k],
+            recipe=recipe,
+            split=bundle.splits[k],
+            epoch=best[k][2],
+            validation_accuracy=best[k][0],
+            validation_loss=-best[k][1],
+            validation_curve=tuple(curves[k][1]),
+            train_curve=tuple(curves[k][0]),
+            prompt_norm=norm,
+            relative_norm=norm / bundle.site_norms[k],
+            cache_bytes=bundle.cache_bytes,
+            state=states[k],
+        )
+
+    return [result(k) for k in range(num)]
+
+
+class _Optimizer:
+    """AdamW, or SGD with momentum, with a learning rate and a weight decay for each configuration of the bundle.
+
+    The updates are torch.optim's own; those take one learning rate for a whole stacked parameter, hence this class.
+    """
+
+    def __init__(
+        self,
+        body: Body,
+        heads: LinearHeads,
+        method: Method,
+        configurations: Sequence[Configuration],
+        recipe: Recipe,
+    ) -> None:
+        device = heads.weight.device
+        rates = torch.tensor([c.learning_rate for c in configurations], device=device)
+        decays = torch.tensor([c.weight_decay for c in configurations], device=device)
+        self.recipe = recipe
+        self.parameters: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        for name, parameter in body.edits.named_parameters():
+            if name.startswith("weights."):  # one network for each configuration
+                k = int(name.split(".")[1])
+                self.parameters.append((parameter, rates[k] * method.rate, decays[k]))
+            else:
+                self._add_stacked(parameter, rates * method.rate, decays)
+        for parameter in heads.parameters():
+            if parameter.requires_grad:
+                self._add_stacked(parameter, rates, decays)
+        zeros = [torch.zeros_like(parameter) for parameter, _, _ in self.parameters]
+        self.first, self.second = zeros, [zero.clone() for zero in zeros]
+        self.num_steps = 0
+
+    def _add_stacked(self, parameter: nn.Parameter, rates: Tensor, decays: Tensor) -> None:
+        shape = (-1, *(1 for _ in parameter.shape[1:]))
+        self.parameters.append((parameter, rates.view(shape), decays.view(shape)))
+
+    @torch.no_grad()
+    def step(self, progress: float) -> None:
+        """One update; progress is the share of all steps that are done after it."""
+        self.num_steps += 1
+        warmup = self.recipe.warmup
+        if progress < warmup:
+            factor = progress / warmup
+        else:
+            factor = 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+        for (parameter, rate, decay), first, second in zip(self.parameters, self.first, self.second, strict=True):
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if self.recipe.optimizer == "sgd":
+                first.mul_(self.recipe.momentum).add_(gradient + decay * parameter)
+                parameter -= factor * rate * first
+            else:
+                first.lerp_(gradient, 1 - 0.9)
+                second.mul_(0.999).addcmul_(gradient, gradient, value=1 - 0.999)
+                scale = second.div(1 - 0.999**self.num_steps).sqrt_().add_(1e-8)
+                parameter -= factor * rate * (first / (1 - 0.9**self.num_steps) / scale + decay * parameter)
+            parameter.grad = None
+
+
+def _restore(backbone: nn.Module, task: Task, fits: Sequence[Fit]) -> tuple[Body, LinearHeads]:
+    """The bundle of these fits, ready for evaluation."""
+    states = [one.state for one in fits]
+    body = fits[0].method.build(backbone, len(fits))
+    width, num_classes = states[0]["heads.weight"].shape[1:]
+    heads = LinearHeads(len(fits), width, num_classes, [torch.Generator() for _ in fits])
+    _load(heads, states, "heads.")
+    _load(body.edits, states, "edits.")
+    device = next(backbone.parameters()).device
+    body.suffix.to(device)
+    return body, heads.to(device)
+
+
+def _load(module: nn.Module, states: Sequence[dict[str, Tensor]], part: str) -> None:
+    """Stack the states of several configurations again."""
+    together: dict[str, Tensor] = {}
+    for name in (key.removeprefix(part) for key in states[0] if key.startswith(part)):
+        if name.startswith("weights.0."):
+            for k, state in enumerate(states):
+                together[f"weights.{k}.{name.removeprefix('weights.0.')}"] = state[part + name]
+        else:
+            together[name] = torch.cat([state[part + name] for state in states])
+    module.load_state_dict(together)
+
+
+def _order(indices: Int64[Tensor, " image"], seed: int, epoch: int) -> Int64[Tensor, " image"]:
+    """The epoch's order of examples; depends on seed and epoch alone, so bundling cannot change it."""
+    generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + epoch)
+    return indices[torch.randperm(len(indices), generator=generator)]
+
+
+def losses(logits: Float[Tensor, "num batch class"], labels: Int64[Tensor, "num batch"]) -> Float[Tensor, " num"]:
+    """Mean cross-entropy of each configuration."""
+    by_example = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return by_example.view_as(labels).mean(1)
+
+
+def _prompt_norm(state: dict[str, Tensor], unit_shape: tuple[int, ...]) -> float:
+    if "edits.prompt.values" not in state:
+        return 0.0
+    delta = state["edits.prompt.unit"][0] * state["edits.prompt.values"][0]
+    return float(delta.expand(unit_shape).norm())
+
+
+def normalized(
+    backbone: nn.Module, images: Images, indices: Int64[Tensor, " image"]
+) -> Float[Tensor, "batch channel height width"]:
+    """Normalized images on the backbone's device, in the memory layout of its weights."""
+    weight = next(backbone.parameters())
+    mean, std = (value.to(weight.device) for value in backbones.mean_std(backbone))
+    pixels = images.pixels[indices].to(weight.device)
+    x = (pixels.to(weight.dtype) / 255 - mean) / std
+    return x.contiguous(memory_format=torch.channels_last) if backbones.is_channels_last(backbone) else x
+
+
+def _run_prefix(
+    backbone: nn.Module, prefix: nn.Module, images: Images, precision: str, indices: Int64[Tensor, " image"]
+) -> list[Tensor]:
+    with torch.no_grad(), autocast(backbone, precision):
+        return list(prefix(normalized(backbone, images, indices)))
+
+
+def _repeat(z: Tensor, num: int) -> Tensor:
+    return z.unsqueeze(0).expand(num, *z.shape).flatten(0, 1)
+
+
+def _is_channels_last(z: Tensor) -> bool:
+    return z.ndim == 4 and not z.is_contiguous() and z.is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,65 @@
+"""What every test shares: which tests run on this machine, and that no test changes the process for the next.
+
+apthory is never imported here: jaxtyping's import hook (see pyproject.toml) has to be in place first.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+# The same examples on every run, and no deadline: the first call of a test pays for imports and traces.
+hypothesis.settings.register_profile("apthory", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("apthory")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run, and say why."""
+    skips = {}
+    if not torch.cuda.is_available():
+        skips["gpu"] = pytest.mark.skip(reason="no CUDA device on this machine")
+    data = os.environ.get("APTHORY_DATA")
+    if data is None:
+        skips["data"] = pytest.mark.skip(reason="APTHORY_DATA does not name the small suite's images")
+    elif not Path(data).is_dir():
+        raise pytest.UsageError(f"APTHORY_DATA is {data!r}, which is no folder; unset it or name the images")
+    for item in items:
+        for name in skips.keys() & {mark.name for mark in item.iter_markers()}:
+            item.add_marker(skips[name])
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _threads() -> None:
+    """At most two threads: the tests' models are small, and more threads only wait for each other."""
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+# What a library must leave as it found it: how to read it, and how to set it back.
+_PROCESS = {
+    "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "gradients enabled": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "deterministic algorithms": (
+        torch.are_deterministic_algorithms_enabled,
+        torch.use_deterministic_algorithms,
+    ),
+    "matmul precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "number of threads": (torch.get_num_threads, torch.set_num_threads),
+    "seed": (torch.initial_seed, torch.manual_seed),
+}
+
+
+@pytest.fixture(autouse=True)
+def _process_unchanged() -> Iterator[None]:
+    """Fail a test that leaves the process changed, so that no result depends on the order of tests."""
+    torch.manual_seed(0)
+    before = {name: get() for name, (get, _) in _PROCESS.items()}
+    yield
+    changed = {name: (before[name], get()) for name, (get, _) in _PROCESS.items() if get() != before[name]}
+    for name, (value, _) in changed.items():
+        _PROCESS[name][1](value)
+    if changed:
+        changes = ", ".join(f"{name} from {old} to {new}" for name, (old, new) in changed.items())
+        pytest.fail(f"the test left the process changed: {changes}; change it inside a context that restores")

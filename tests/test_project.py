@@ -1,0 +1,296 @@
+"""The project's own promises: directions of imports, pinned packages, one version, no machine's paths."""
+
+import ast
+import functools
+import graphlib
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+
+# What each module may import of ours; a module that is not listed may import any that does not import it.
+BELOW_METHODS = {"sites", "prompts", "pixels", "heads"}
+BELOW_TRAINING = BELOW_METHODS | {"methods", "backbones", "tasks", "records", "progress"}
+MAY_IMPORT = {
+    "theory": set(),
+    "progress": set(),
+    "sites": set(),
+    "metrics": {"sites"},
+    "prompts": {"sites"},
+    "pixels": {"sites"},
+    "equivalence": {"sites", "prompts"},
+    "methods": BELOW_METHODS,
+    "heads": BELOW_TRAINING - {"methods"},
+    "backbones": BELOW_TRAINING,
+    "tasks": BELOW_TRAINING,
+    "records": BELOW_TRAINING,
+    "training": BELOW_TRAINING,
+    "selection": BELOW_TRAINING | {"training", "efficiency", "metrics"},
+    "sweeps": BELOW_TRAINING | {"training", "efficiency", "metrics"},
+}
+# The only modules of ours that may import a package of others.
+ONLY_IN = {
+    "timm": {"sites", "backbones", "metrics.attention", "pretraining"},
+    "torchvision": {"tasks", "pretraining"},
+    "datasets": {"tasks", "pretraining"},
+    "open_clip": {"heads", "backbones"},
+    "peft": {"methods"},
+    "matplotlib": {"figures"},
+    "seaborn": {"figures"},
+    "papermill": {"notebooks"},
+    "jupytext": {"notebooks"},
+}
+# Names that differ from pyproject.toml's: of what is imported, and of conda-forge's packages.
+REQUIREMENTS = {
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "sklearn": "scikit-learn",
+    "skimage": "scikit-image",
+    "open_clip": "open-clip-torch",
+    "distributed": "dask",
+}
+CONDA_NAMES = {"pytorch": "torch", "matplotlib-base": "matplotlib", "seaborn-base": "seaborn"}
+
+MODULES = {
+    ".".join(path.relative_to(ROOT / "apthory").with_suffix("").parts): path
+    for path in sorted((ROOT / "apthory").rglob("*.py"))
+}
+
+
+# ----------------------------------------------------------------------------------- directions of imports
+
+
+def imports(source: str, module: str) -> list[tuple[str, bool]]:
+    """Dotted names that the source imports, wherever it does, and whether that happens while it is loaded."""
+    package = ["apthory", *module.split(".")[:-1]]
+    found = []
+
+    def visit(node: ast.AST, on_load: bool) -> None:
+        if isinstance(node, ast.Import):
+            found.extend((alias.name, on_load) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            origin = ".".join([*base, *(node.module.split(".") if node.module else [])])
+            found.extend((f"{origin}.{alias.name}", on_load) for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child, on_load and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+    visit(ast.parse(source), True)
+    return found
+
+
+def ours(name: str, modules: set[str]) -> str | None:
+    """The module of apthory that a dotted import names, ``__init__`` for the package's own names."""
+    if name.split(".")[0] != "apthory":
+        return None
+    parts = name.split(".")[1:]
+    candidates = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+    for candidate in candidates:
+        for known in (candidate, f"{candidate}.__init__"):
+            if known in modules:
+                return known
+    return "__init__"
+
+
+@functools.cache
+def graph() -> dict[str, set[str]]:
+    """Which modules of ours each module of ours imports."""
+    found = {}
+    for module, path in MODULES.items():
+        targets = {ours(name, set(MODULES)) for name, _ in imports(path.read_text(), module)}
+        found[module] = targets - {None, module}
+    return found
+
+
+def test_imports_are_read_in_every_spelling():
+    source = "\n".join([
+        "import apthory.sites as s",
+        "from apthory import prompts, tasks",
+        "from .similarity import cka",
+        "from ..records import fetch",
+        "from . import attention",
+        "def late():",
+        "    import peft.tuners",
+    ])  # fmt: skip
+    found = imports(source, "metrics.spectrum")
+    assert found == [
+        ("apthory.sites", True),
+        ("apthory.prompts", True),
+        ("apthory.tasks", True),
+        ("apthory.metrics.similarity.cka", True),
+        ("apthory.records.fetch", True),
+        ("apthory.metrics.attention", True),
+        ("peft.tuners", False),
+    ]
+    modules = {"sites", "metrics.__init__", "metrics.similarity", "records"}
+    assert [ours(name, modules) for name, _ in found[:1] + found[3:5] + found[6:]] == [
+        "sites", "metrics.similarity", "records", None,
+    ]  # fmt: skip
+    assert ours("apthory.metrics.cka", modules) == "metrics.__init__"
+    assert ours("apthory.fit", modules) == "__init__"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_of_our_modules_point_one_way(module):
+    area = module.split(".")[0]
+    allowed = MAY_IMPORT.get(module, MAY_IMPORT.get(area))
+    if allowed is None:
+        allowed = {name.split(".")[0] for name in MODULES} - {"__main__"}
+    wrong = {name for name in graph()[module] if name.split(".")[0] not in allowed | {area}}
+    assert not wrong, f"{module} imports {sorted(wrong)}; it may import {sorted(allowed)}"
+
+
+def test_imports_of_our_modules_make_no_circle():
+    graphlib.TopologicalSorter(graph()).prepare()
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_packages_are_imported_where_design_puts_them(module):
+    packages = {name.split(".")[0] for name, _ in imports(MODULES[module].read_text(), module)}
+    wrong = {package for package in packages & ONLY_IN.keys() if module not in ONLY_IN[package]}
+    assert not wrong, f"{module} imports {sorted(wrong)}; only these may: {[ONLY_IN[name] for name in wrong]}"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imported_packages_are_declared(module):
+    project, extras = declared()
+    core = {requirement.name for requirement in project}
+    optional = {requirement.name for group in extras.values() for requirement in group}
+    for name, on_load in imports(MODULES[module].read_text(), module):
+        package = name.split(".")[0]
+        if package == "apthory" or package in sys.stdlib_module_names:
+            continue
+        requirement = REQUIREMENTS.get(package, package)
+        assert requirement in core | optional, f"{module} imports {package}; pyproject.toml does not name it"
+        assert requirement in core or not on_load, f"{module} imports {package} on load; do it in use"
+
+
+# ----------------------------------------------------------------------------------- packages and versions
+
+
+def pyproject() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def declared() -> tuple[list[Requirement], dict[str, list[Requirement]]]:
+    """The requirements of the package, and those of each extra."""
+    project = pyproject()["project"]
+    extras = {name: list(map(Requirement, group)) for name, group in project["optional-dependencies"].items()}
+    return list(map(Requirement, project["dependencies"])), extras
+
+
+def direct() -> dict[str, Requirement]:
+    """What `make` installs and the figures are made with: the package's requirements and `dev`'s."""
+    project, extras = declared()
+    return {canonicalize_name(requirement.name): requirement for requirement in project + extras["dev"]}
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if not line.startswith("#")]
+    assert all(len(pair) == 2 for pair in pairs), "constraints.txt holds exact versions only"
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+@pytest.mark.parametrize("name", sorted(direct()))
+def test_every_direct_dependency_is_pinned_within_its_bounds(name):
+    assert name in pins()
+    assert direct()[name].specifier.contains(pins()[name])
+
+
+def test_every_dependency_has_its_reason():
+    lines = (ROOT / "pyproject.toml").read_text().splitlines()
+    project, extras = declared()
+    for requirement in [*project, *(one for group in extras.values() for one in group)]:
+        with_reason = re.compile(rf'\s*"{requirement.name}[\[>][^"]+",\s+# \w')
+        assert sum(with_reason.match(line) is not None for line in lines) == 1, requirement.name
+
+
+def test_conda_environment_is_the_same_set():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    pinned = dict(line.split("=") for line in environment["dependencies"] if "=" in line)
+    assert pinned.pop("python") == "3.11"
+    versions = {CONDA_NAMES.get(name, name): version for name, version in pinned.items()}
+    assert versions == {name: pins()[name] for name in direct()}
+    assert [entry for entry in environment["dependencies"] if "=" not in entry] == ["pip", {"pip": ["-e ."]}]
+
+
+def test_version_is_said_once_and_the_same_everywhere():
+    source = (ROOT / "apthory" / "__init__.py").read_text()
+    (version,) = re.findall(r'^__version__ = "([^"]+)"$', source, flags=re.MULTILINE)
+    project = pyproject()
+    assert "version" not in project["project"]
+    assert project["tool"]["hatch"]["version"]["path"] == "apthory/__init__.py"
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+# ------------------------------------------------------------------------------------- what a reader meets
+
+
+def test_readme_gives_the_two_commands():
+    readme = (ROOT / "README.md").read_text()
+    assert "make test" in readme
+    assert "make figures" in readme
+
+
+def test_every_make_target_says_what_it_does():
+    makefile = (ROOT / "Makefile").read_text()
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, flags=re.MULTILINE)
+    described = set(re.findall(r"^([a-z-]+):.*## \S", makefile, flags=re.MULTILINE))
+    assert described == set(phony.split()) - {"venv"}
+
+
+def test_package_ships_its_types():
+    assert (ROOT / "apthory" / "py.typed").is_file()
+
+
+def repository_files() -> list[Path]:
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=False,
+    )
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    paths = [ROOT / name for name in listing.stdout.decode().split("\0") if name]
+    return [path for path in paths if path.is_file()]
+
+
+MACHINE_PATH = re.compile(rb"(?<![\w.~}])/(?:root|work|tmp|home|Users|opt|mnt)/\w")
+REGISTRY = re.compile(
+    rb"pypi\.org|pythonhosted\.org|download\.pytorch\.org|anaconda\.org|index[-]url|find[-]links"
+)
+
+
+@pytest.mark.parametrize("text", [b'"/tmp' + b'/x"', b"file:///" + b"root/y", b" /home" + b"/me"])
+def test_machine_paths_are_recognised(text):
+    assert MACHINE_PATH.search(text)
+
+
+@pytest.mark.parametrize(
+    "text", [b"../work/x", b"a/tmp/b", b"$HOME/opt", b"https://x.org/home/y", b"/dev/null"]
+)
+def test_other_paths_are_left_alone(text):
+    assert not MACHINE_PATH.search(text)
+
+
+def test_no_file_names_a_machine_or_a_registry():
+    files = repository_files()
+    assert Path(__file__) in files
+    found = [
+        f"{path.relative_to(ROOT)}: {match.group().decode(errors='replace')}"
+        for path in files
+        for pattern in (MACHINE_PATH, REGISTRY)
+        if (match := pattern.search(path.read_bytes()))
+    ]
+    assert not found

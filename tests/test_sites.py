@@ -1,0 +1,500 @@
+"""Claims about sites: a cut changes nothing, an edit is borrowed, a name means one place."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tiny
+from apthory import backbones, sites
+
+EXACT = {
+    "vit": ["blocks.1.norm2:input", "blocks.0.attn.qkv", "blocks.2.mlp:input", "patch_embed", ":output"],
+    "deit": ["blocks.1.norm2:input", "blocks.0.attn.proj", "norm", ":output"],
+    "swin": ["layers.0.blocks.1.norm2:input", "layers.0.blocks.1.attn:input", "layers.1.downsample", ":output"],
+    "convnext": ["stages.1.blocks.0.norm:input", "stages.1.blocks.1.mlp.fc1:input", "stem", ":output"],
+    "resnet": ["layer1.0.bn2:input", "layer2.0.downsample.1:input", "layer1.0.act1", "maxpool", ":output"],
+    "mobilenetv2": ["blocks.1.1.bn3:input", "blocks.2.0.conv_dw", "global_pool", ":output"],
+}
+EDIT_SITES = ["blocks.0", "blocks.1.norm1:output", "blocks.1.mlp:input"]
+
+
+class Plain(nn.Module):
+    """Three layers: one called twice, one never, and one that works in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twice, self.never = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.twice(self.twice(self.act(self.first(x))))
+
+
+class Branching(nn.Module):
+    """Its control flow depends on values, which torch.fx cannot record."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.first(x)
+        return self.last(z if z.sum() > 0 else -z)
+
+
+def all_sites(model: nn.Module) -> list[str]:
+    return [*sites.list_sites(model), *sites.list_sites(model, "norm")]
+
+
+def num_hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+# ---------------------------------------------------------------------------------------------- split
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_suffix_of_prefix_is_the_backbone_bit_for_bit_at_every_site(family: str):
+    model = tiny.backbone(family)
+    batches = [tiny.images(family, num) for num in (1, 5)]  # the trace itself saw 2 and 3
+    expected = [model(x) for x in batches]
+    before = backbones.digest(model)
+    for site in [*all_sites(model), *EXACT[family]]:
+        prefix, suffix = sites.split(model, site)
+        for x, y in zip(batches, expected, strict=True):
+            crossing = prefix(x)
+            kept = [z.clone() for z in crossing]
+            assert torch.equal(suffix(*crossing), y), site
+            assert torch.equal(suffix(*crossing), y), f"{site}: second call"
+            assert all(map(torch.equal, crossing, kept)), f"{site}: the suffix wrote into its input"
+    assert backbones.digest(model) == before
+    assert num_hooks(model) == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["vit", "swin", "resnet"])
+def test_suffix_of_prefix_is_the_backbone_bit_for_bit_in_float64(family: str):
+    model, x = tiny.backbone(family, torch.float64), tiny.images(family, 4, dtype=torch.float64)
+    for site in [*sites.list_sites(model), *EXACT[family]]:
+        prefix, suffix = sites.split(model, site)
+        assert suffix(*prefix(x)).dtype == torch.float64
+        assert torch.equal(suffix(*prefix(x)), model(x)), site
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", backbones.SHIPPED)
+def test_shipped_backbones_are_cut_bit_for_bit_at_every_block(name: str):
+    model = backbones.load(name, device="cpu")
+    x = torch.randn(4, 3, 64, 64)
+    y = model(x)
+    for site in sites.list_sites(model):
+        prefix, suffix = sites.split(model, site)
+        assert torch.equal(suffix(*prefix(x)), y), site
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_prefix_returns_what_a_hook_sees_at_the_site_first(family: str):
+    model, x = tiny.backbone(family), tiny.images(family, 4)
+    for site in [sites.list_sites(model)[2], sites.list_sites(model, "norm")[3], EXACT[family][0]]:
+        assert torch.equal(sites.split(model, site)[0](x)[0], hooked(model, site, x)), site
+
+
+def test_a_norm_inside_a_residual_branch_crosses_with_its_skip():
+    model, x = tiny.backbone("vit"), tiny.images("vit", 4)
+    assert len(sites.split(model, "blocks.1.norm1")[0](x)) == 2
+    assert len(sites.split(model, "blocks.1:input")[0](x)) == 1
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_stack_of_batches_through_the_suffix_gives_each_its_own_result(
+    family: str, dtype: torch.dtype, tolerance: float
+):
+    model = tiny.backbone(family, dtype)
+    batches = [tiny.images(family, 3, seed, dtype) for seed in (1, 2, 3, 4)]
+    for site in [sites.list_sites(model)[2], EXACT[family][0]]:
+        prefix, suffix = sites.split(model, site)
+        with torch.no_grad():
+            crossing = [prefix(x) for x in batches]
+            together = suffix(*(torch.cat(parts) for parts in zip(*crossing, strict=True)))
+            alone = torch.cat([model(x) for x in batches])
+        torch.testing.assert_close(together, alone, rtol=tolerance, atol=tolerance)
+
+
+@torch.no_grad()
+def test_swin_suffix_makes_window_counts_anew_for_any_batch():
+    """Its shifted windows number four an image here, which the prefix of a cut inside attention knows and the suffix must."""
+    model = tiny.backbone("swin")
+    for site in ("layers.0.blocks.1.attn.qkv", "layers.0.blocks.1.attn:input", "layers.0.blocks.1.attn:output"):
+        prefix, suffix = sites.split(model, site)
+        for num in (1, 2, 3, 7):
+            x = tiny.images("swin", num)
+            assert torch.equal(suffix(*prefix(x)), model(x)), (site, num)
+            twice = torch.cat([suffix(*(torch.cat([z, z]) for z in prefix(x)))])
+            torch.testing.assert_close(twice, model(x).repeat(2, 1), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_edits_in_the_suffix_do_what_hooks_do(family: str):
+    model, x = tiny.backbone(family), tiny.images(family, 4)
+    block = sites.list_sites(model)[2]
+    cut = sites.resolve(model, block)
+    after = [site for site in sites.list_sites(model, "norm") if is_after(model, cut, site)][:2]
+    shift = nn.Conv1d(1, 1, 1)  # any module with parameters; it becomes a part of the suffix
+    edits = {cut: lambda z: 1.5 * z, after[0]: Scaled(shift), after[1]: torch.tanh}
+    prefix, suffix = sites.split(model, cut, edits)
+    with torch.no_grad(), sites.edited(model, edits):
+        expected = model(x)
+    with torch.no_grad():
+        assert torch.equal(suffix(*prefix(x)), expected)
+        assert not torch.equal(model(x), expected)
+    assert shift in set(suffix.modules())
+
+
+class Scaled(nn.Module):
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z * self.part.weight.sum() + 0.1
+
+
+def is_after(model: nn.Module, cut: str, site: str) -> bool:
+    try:
+        sites.split(model, cut, {site: torch.tanh})
+    except ValueError:
+        return False
+    return True
+
+
+def test_gradients_of_the_suffix_are_those_of_the_edited_backbone():
+    model, x = tiny.backbone("convnext"), tiny.images("convnext", 4)
+    site = "stages.1.blocks.1:input"
+    delta = torch.zeros(sites.site_shape(model, site), requires_grad=True)
+    prefix, suffix = sites.split(model, site, {site: delta.add})
+    cut = torch.autograd.grad(suffix(*prefix(x)).square().sum(), delta)
+    with sites.edited(model, {site: delta.add}):
+        whole = torch.autograd.grad(model(x).square().sum(), delta)
+    torch.testing.assert_close(cut, whole, rtol=0, atol=0)
+
+
+def test_halves_share_the_weights_of_the_backbone():
+    model = Plain()
+    prefix, suffix = sites.split(model, "act:output", example=torch.zeros(2, 6))
+    own = {id(parameter) for parameter in model.parameters()}
+    assert {id(parameter) for half in (prefix, suffix) for parameter in half.parameters()} <= own
+    assert model.act.inplace  # the halves never work in place, the backbone still does
+
+
+def test_the_cut_leaves_a_backbone_that_works_in_place_as_it_was():
+    model, x = Plain(), torch.randn(4, 6)
+    prefix, suffix = sites.split(model, "first:output", example=x)
+    crossing = prefix(x)
+    assert (crossing[0] < 0).any()
+    kept = crossing[0].clone()
+    assert torch.equal(suffix(*crossing), model(x))
+    assert torch.equal(crossing[0], kept)
+
+
+def test_an_edit_before_the_cut_is_refused():
+    with pytest.raises(ValueError, match=r"edit at 'blocks.0:input' lies before the cut at 'blocks.1:input'"):
+        sites.split(tiny.backbone("vit"), "blocks.1:input", {"blocks.0:input": torch.tanh})
+
+
+def test_a_cut_on_which_the_output_does_not_depend_is_refused():
+    class Side(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.main, self.side = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.side(x)
+            return self.main(x)
+
+    with pytest.raises(ValueError, match="output does not depend on site 'side:output'"):
+        sites.split(Side(), "side", example=torch.zeros(2, 6))
+
+
+def test_a_model_that_cannot_be_traced_runs_whole_and_says_so():
+    model, x = Branching(), torch.randn(4, 6)
+    assert not sites.is_traceable(model)
+    edits = {"first": lambda z: z + 1, "last:input": nn.Linear(6, 6)}
+    with pytest.warns(UserWarning, match="cannot trace Branching.*whole backbone runs at every step"):
+        prefix, suffix = sites.split(model, "first", edits)
+    with sites.edited(model, edits):
+        expected = model(x)
+    assert torch.equal(suffix(*prefix(x)), expected)
+    assert not torch.equal(model(x), expected)
+    assert edits["last:input"] in set(suffix.modules())
+    with pytest.raises(ValueError, match="no module 'frist'"), pytest.warns(UserWarning, match="cannot trace"):
+        sites.split(model, "frist")
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family_can_be_traced(family: str):
+    assert sites.is_traceable(tiny.backbone(family))
+
+
+# ---------------------------------------------------------------------------------------------- edited
+
+
+def test_edited_restores_the_backbone_always():
+    model, x = tiny.backbone("vit"), tiny.images("vit", 2)
+    with torch.no_grad():
+        expected = model(x)
+        with sites.edited(model, {site: lambda z: z + 1 for site in EDIT_SITES}) as borrowed:
+            assert borrowed is model
+            assert not torch.equal(model(x), expected)
+        assert torch.equal(model(x), expected)
+        with pytest.raises(ZeroDivisionError), sites.edited(model, {"blocks.0": lambda z: z / (1 // 0)}):
+            model(x)
+        with pytest.raises(ValueError, match="no module"), sites.edited(model, {"blocks.0": torch.tanh, "nope": torch.tanh}):
+            raise AssertionError("never entered")
+        assert torch.equal(model(x), expected)
+    assert num_hooks(model) == 0
+
+
+def test_editing_nothing_costs_nothing():
+    model = tiny.backbone("vit")
+    with sites.edited(model, {}):
+        assert num_hooks(model) == 0
+
+
+def test_edits_at_input_and_output_change_what_a_module_is_given_and_returns():
+    model, x = Plain(), torch.randn(4, 6)
+    with torch.no_grad(), sites.edited(model, {"first:input": lambda z: 2 * z}):
+        torch.testing.assert_close(model(x), model.twice(model.twice(model.first(2 * x).relu())))
+    with torch.no_grad(), sites.edited(model, {"first:output": lambda z: z + 1}):
+        torch.testing.assert_close(model(x), model.twice(model.twice((model.first(x) + 1).relu())))
+    with torch.no_grad(), sites.edited(model, {":input": lambda z: z - 1, ":output": torch.tanh}):
+        torch.testing.assert_close(model(x), model.twice(model.twice(model.first(x - 1).relu())).tanh())
+
+
+def test_edits_nest():
+    model, x = tiny.backbone("resnet"), tiny.images("resnet", 2)
+    with torch.no_grad():
+        with sites.edited(model, {"layer2.0": lambda z: z + 1}), sites.edited(model, {"layer3.0": lambda z: 2 * z}):
+            nested = model(x)
+        with sites.edited(model, {"layer2.0": lambda z: z + 1, "layer3.0": lambda z: 2 * z}):
+            assert torch.equal(model(x), nested)
+
+
+# ---------------------------------------------------------------------------------------------- capture
+
+
+def hooked(model: nn.Module, site: str, x: Tensor) -> Tensor:
+    """What a plain hook sees, copied before anything else can write into it."""
+    name, edge = site.rsplit(":", 1) if ":" in site else (site, "output")
+    module, seen = model.get_submodule(name), []
+    if edge == "input":
+        handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    else:
+        handle = module.register_forward_hook(lambda _, args, output: seen.append(output.clone()))
+    model(x)
+    handle.remove()
+    return seen[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_capture_gives_what_a_hook_sees(family: str):
+    model, x = tiny.backbone(family), tiny.images(family, 2)
+    names = [*all_sites(model), *EXACT[family]]
+    seen = sites.capture(model, names, x)
+    assert list(seen) == names
+    for site in names[::3]:
+        assert torch.equal(seen[site], hooked(model, site, x)), site
+    assert num_hooks(model) == 0
+
+
+@torch.no_grad()
+def test_capture_is_right_in_front_of_a_layer_that_works_in_place():
+    model, x = Plain(), torch.randn(8, 6)
+    seen = sites.capture(model, ["first", "act"], x)
+    assert torch.equal(seen["first"], model.first(x))
+    assert (seen["first"] < 0).any()
+    assert torch.equal(seen["act"], model.first(x).relu())
+
+
+# ---------------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    ("family", "alias", "canonical"),
+    [
+        ("vit", "blocks.0", "blocks.1:input"),
+        ("vit", "blocks.0:output", "blocks.1:input"),
+        ("vit", "blocks.1:input", "blocks.1:input"),
+        ("vit", "blocks.2", "blocks.2:output"),
+        ("vit", "norm:input", "blocks.2:output"),
+        ("vit", "blocks", "blocks.2:output"),
+        ("vit", ":input", ":input"),
+        ("vit", "patch_embed:input", ":input"),
+        ("vit", "blocks.1.norm1:input", "blocks.1.norm1:input"),  # the skip leaves the block's input before
+        ("swin", "layers.0", "layers.0.blocks.1:output"),  # the next stage merges patches first
+        ("swin", "layers.1.downsample", "layers.1.blocks.0:input"),
+        ("swin", "layers.0.blocks.0", "layers.0.blocks.1:input"),
+        ("convnext", "stages.0.blocks.0", "stages.0.blocks.0:output"),
+        ("convnext", "stages.3", "stages.3.blocks.0:output"),
+        ("convnext", "stem", "stages.0.blocks.0:input"),
+        ("resnet", "layer1", "layer2.0:input"),
+        ("resnet", "maxpool", "layer1.0:input"),
+        ("resnet", "layer4", "layer4.0:output"),
+        ("mobilenetv2", "blocks.0.0", "blocks.1.0:input"),
+        ("mobilenetv2", "blocks.6", "blocks.6.0:output"),
+    ],
+)
+def test_aliases_name_one_place(family: str, alias: str, canonical: str):
+    model, x = tiny.backbone(family), tiny.images(family, 2)
+    assert sites.resolve(model, alias) == canonical
+    with torch.no_grad():
+        seen = sites.capture(model, [alias, canonical], x)
+    assert torch.equal(seen[alias], seen[canonical])
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_listed_sites_are_canonical_and_in_order(family: str):
+    model = tiny.backbone(family)
+    for kind in ("block", "norm"):
+        names = sites.list_sites(model, kind)
+        assert len(set(names)) == len(names)
+        assert [sites.resolve(model, name) for name in names] == names
+        order = []
+        with sites.edited(model, {name: lambda z, name=name: order.append(name) or z for name in names}):
+            model(tiny.images(family, 1))
+        assert order == names
+
+
+def test_block_sites_are_the_boundaries_of_blocks():
+    blocks = [":input", "blocks.0:input", "blocks.1:input", "blocks.2:input", "blocks.2:output"]
+    assert sites.list_sites(tiny.backbone("vit")) == blocks
+    resnet = ["layer1.0:input", "layer1.1:input", "layer2.0:input", "layer3.0:input", "layer4.0:input"]
+    assert sites.list_sites(tiny.backbone("resnet")) == [":input", *resnet, "layer4.0:output"]
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_norm_sites_are_the_outputs_of_every_affine_map(family: str):
+    """At each of them, what is seen is gamma times a normalized input plus beta, before any activation."""
+    model, x = tiny.backbone(family), tiny.images(family, 2)
+    norms = [name for name, module in model.named_modules() if isinstance(module, sites.NORMS)]
+    listed = sites.list_sites(model, "norm")
+    assert len(listed) == len(norms)
+    with torch.no_grad():
+        for site in listed[::4]:
+            name = site.removesuffix(":output").removesuffix(".drop:input")
+            layer = model.get_submodule(name)
+            given, seen = (sites.capture(model, [one], x)[one] for one in (f"{name}:input", site))
+            torch.testing.assert_close(seen, affine(layer, given), rtol=1e-4, atol=1e-4)
+
+
+def affine(layer: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        gamma, beta, mean, variance = (
+            value.view(-1, 1, 1) for value in (layer.weight, layer.bias, layer.running_mean, layer.running_var)
+        )
+        return gamma * (x - mean) / (variance + layer.eps).sqrt() + beta
+    axis = 1 if x.ndim == 4 and x.shape[-1] != len(layer.weight) else -1
+    z = x.movedim(axis, -1)
+    z = (z - z.mean(-1, keepdim=True)) / (z.var(-1, correction=0, keepdim=True) + layer.eps).sqrt()
+    return (layer.weight * z + layer.bias).movedim(-1, axis)
+
+
+@pytest.mark.parametrize("verb", [sites.resolve, sites.site_shape, sites.channel_axis, sites.split, sites.norms_between])
+def test_an_unknown_site_suggests_the_nearest_names(verb: Callable):
+    with pytest.raises(ValueError, match=r"no module 'block.1' in this VisionTransformer; did you mean 'blocks.1'"):
+        verb(tiny.backbone("vit"), "block.1")
+
+
+def test_a_site_unlike_any_other_points_to_the_list():
+    with pytest.raises(ValueError, match="no module 'QQQQ'.*list_sites"):
+        sites.resolve(tiny.backbone("vit"), "QQQQ")
+
+
+def test_a_bad_edge_is_an_error():
+    with pytest.raises(ValueError, match="'blocks.1:middle' ends in 'middle'; write 'module:input' or 'module:output'"):
+        sites.resolve(tiny.backbone("vit"), "blocks.1:middle")
+
+
+@pytest.mark.parametrize(
+    ("site", "message"), [("twice", "calls 'twice' more than once"), ("never:input", "never calls 'never'")]
+)
+def test_a_module_called_twice_or_never_is_no_place_to_cut(site: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        sites.split(Plain(), site, example=torch.zeros(2, 6))
+
+
+def test_a_model_without_a_data_configuration_asks_for_an_example():
+    with pytest.raises(ValueError, match="carries no timm data configuration; pass example"):
+        sites.site_shape(Plain(), "first")
+    assert sites.site_shape(Plain(), "first", torch.zeros(1, 6)) == (6,)
+
+
+# ---------------------------------------------------------------------------------------------- shapes and axes
+
+
+@pytest.mark.parametrize(
+    ("family", "site", "shape", "axis"),
+    [
+        ("vit", ":input", (3, 32, 32), -3),
+        ("vit", "blocks.1:input", (17, 32), -1),  # tokens
+        ("vit", "blocks.1.norm1", (17, 32), -1),
+        ("vit", "blocks.1.mlp.fc1", (17, 128), -1),
+        ("vit", ":output", (32,), -1),
+        ("deit", "blocks.1:input", (18, 32), -1),  # class and distillation tokens
+        ("swin", "layers.0.blocks.1:input", (14, 14, 24), -1),  # NHWC
+        ("swin", "layers.1.blocks.0.norm1", (7, 7, 48), -1),
+        ("swin", ":input", (3, 56, 56), -3),
+        ("convnext", "stages.0.blocks.0:input", (8, 8, 8), -3),  # NCHW
+        ("convnext", "stages.1.blocks.1:input", (16, 4, 4), -3),
+        ("convnext", "stages.1.blocks.0.norm", (4, 4, 16), -1),  # NHWC inside the block
+        ("resnet", "layer2.0:input", (8, 8, 8), -3),
+        ("resnet", "layer3.0.bn1", (24, 2, 2), -3),
+        ("resnet", "layer4.0:output", (32, 1, 1), -3),
+        ("resnet", ":input", (3, 32, 32), -3),
+        ("mobilenetv2", "blocks.3.1:input", (32, 2, 2), -3),
+        ("mobilenetv2", "blocks.1.0.bn1.drop:input", (48, 16, 16), -3),
+    ],
+)
+def test_shape_and_channel_axis_of_a_site(family: str, site: str, shape: tuple[int, ...], axis: int):
+    model = tiny.backbone(family)
+    assert sites.site_shape(model, site) == shape
+    assert sites.channel_axis(model, site) == axis
+    with torch.no_grad():
+        assert sites.capture(model, [site], tiny.images(family, 1))[site].shape[1:] == shape
+
+
+@pytest.mark.parametrize(
+    ("family", "site", "norms"),
+    [
+        ("vit", "blocks.1:input", ["blocks.1.norm1", "blocks.1.norm2"]),
+        ("vit", ":input", []),
+        ("vit", "blocks.2:output", ["norm"]),
+        ("vit", "blocks.0", ["blocks.1.norm1", "blocks.1.norm2"]),  # an alias
+        ("swin", ":input", ["patch_embed.norm"]),
+        ("swin", "layers.0.blocks.1:input", ["layers.0.blocks.1.norm1", "layers.0.blocks.1.norm2", "layers.1.downsample.norm"]),
+        ("convnext", "stages.1.blocks.0:input", ["stages.1.blocks.0.norm"]),
+        ("resnet", "layer1.1:input", ["layer1.1.bn1", "layer1.1.bn2"]),
+        ("resnet", "layer4.0:output", []),
+        ("mobilenetv2", "blocks.6.0:output", ["bn2"]),
+    ],
+)
+def test_norms_between_lie_after_the_site_and_before_the_next(family: str, site: str, norms: list[str]):
+    assert sites.norms_between(tiny.backbone(family), site) == norms
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_norm_lies_between_exactly_one_pair_of_block_sites(family: str):
+    model = tiny.backbone(family)
+    between = [name for site in sites.list_sites(model) for name in sites.norms_between(model, site)]
+    norms = [name for name, module in model.named_modules() if isinstance(module, sites.NORMS)]
+    assert sorted(between) == sorted(norms)
+
+
+def test_norms_are_asked_for_at_block_sites_only():
+    with pytest.raises(ValueError, match="'blocks.1.norm1:output' is not between blocks; those sites are :input, blocks.0"):
+        sites.norms_between(tiny.backbone("vit"), "blocks.1.norm1")
