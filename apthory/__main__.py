@@ -18,7 +18,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except (ValueError, OSError, MemoryError, FloatingPointError) as error:
-            if ctx.params["debug"] or isinstance(error, BrokenPipeError):  # `apthory check | head` is no error
+            if ctx.params["debug"] or isinstance(error, BrokenPipeError):  # `apthory check | head`
                 raise
             typer.echo(f"Error: {' '.join(str(error).split()) or type(error).__name__}", err=True)
             raise typer.Exit(1) from None

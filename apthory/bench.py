@@ -26,7 +26,10 @@ RECIPE = training.Recipe(num_epochs=10, num_train=384, num_validation=96, num_te
 
 @records.versioned(1)
 def race(
-    backbone: Mapping[str, Any], recipe: Mapping[str, Any], learning_rates: Sequence[float] = RATES, num_classes: int = 10
+    backbone: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    learning_rates: Sequence[float] = RATES,
+    num_classes: int = 10,
 ) -> dict[str, Any]:
     """Train a bundle at every block site, with the cache and by loops without it, on random images.
 
@@ -54,9 +57,8 @@ def race(
             start = perf_counter()
             fits[name] = training.fit(model, task, method, bundle, replace(how, cache=name == "cached"))
             seconds[name] = perf_counter() - start
-        gap = max(
-            abs(a.validation_accuracy - b.validation_accuracy) for a, b in zip(fits["cached"], fits["frozen"], strict=True)
-        )
+        pairs = zip(fits["cached"], fits["frozen"], strict=True)
+        gap = max(abs(a.validation_accuracy - b.validation_accuracy) for a, b in pairs)
         epoch = customary.epoch_seconds(site)
         rows.append(
             {
@@ -158,7 +160,7 @@ def _step_over_bare(
 
     works = {"step": lambda: bundle.step(chunks, 0.5), "bare": bare}
     seconds = efficiency.interleaved_seconds(works, num_repeats, bundle.device)
-    return seconds["step"] / seconds["bare"]
+    return float(np.median(seconds["step"]) / np.median(seconds["bare"]))
 
 
 class _Customary:

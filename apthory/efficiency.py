@@ -37,15 +37,13 @@ def peak_memory(work: Callable[[], Any], device: torch.device | str = "cpu") -> 
     return live.peak
 
 
-def median_seconds(work: Callable[[], Any], num_repeats: int = 7, device: torch.device | str = "cpu") -> float:
-    """Median wall time of the work, after one call to warm up."""
-    return interleaved_seconds({"work": work}, num_repeats, device)["work"]
-
-
 def interleaved_seconds(
     works: Mapping[str, Callable[[], Any]], num_repeats: int = 7, device: torch.device | str = "cpu"
-) -> dict[str, float]:
-    """Median wall time of several pieces of work, taken in turns so that a drifting machine favours none."""
+) -> dict[str, list[float]]:
+    """Wall times of several pieces of work, taken in turns so that a drifting machine favours none.
+
+    Every piece is run once more, beforehand, to warm up.
+    """
     is_cuda = torch.device(device).type == "cuda"
     times: dict[str, list[float]] = {name: [] for name in works}
     for repeat in range(num_repeats + 1):
@@ -58,7 +56,7 @@ def interleaved_seconds(
                 torch.cuda.synchronize(device)
             if repeat:
                 times[name].append(time.perf_counter() - start)
-    return {name: float(torch.tensor(values).median()) for name, values in times.items()}
+    return times
 
 
 def device_name(device: torch.device | str) -> str:
@@ -90,8 +88,9 @@ def measure_sites(
 
     Returns:
         For each site: parameters of prompt and head; FLOPs of a step, peak bytes and seconds with the whole
-        backbone and with a cached prefix; bytes that the cache takes for an image; images per second at
-        inference. Then the FLOPs of a forward pass and the device.
+        backbone and with a cached prefix; bytes that the cache takes for an image; seconds of a
+        forward pass at inference. Times are lists, one entry a repeat, taken in turns. Then the FLOPs of a
+        forward pass for an image, and the device.
     """
     model = backbones.load(**backbone)
     device = next(model.parameters()).device
@@ -123,7 +122,7 @@ def measure_sites(
                 "cache_bytes_per_image": sum(z.numel() * z.element_size() for z in step.crossing) // batch_size,
                 "step_seconds": seconds["whole"],
                 "cached_step_seconds": seconds["cached"],
-                "inference_images_per_second": batch_size / seconds["inference"],
+                "inference_seconds": seconds["inference"],
             }
         )
     return {"forward_flops": forward_flops, "sites": rows, "device": device_name(device)}

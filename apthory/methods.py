@@ -28,7 +28,7 @@ class Body:
         """Tell the edits at the cut how large the activations are that they edit."""
         for edit in self.edits.values():
             if isinstance(edit, Shift) and edit.relative:
-                edit.unit.copy_(rms(crossing).view_as(edit.unit))
+                edit.unit.copy_(rms(crossing).view(edit.unit.shape))
 
 
 class Shift(nn.Module):
@@ -44,6 +44,7 @@ class Shift(nn.Module):
     def __init__(self, num: int, shape: tuple[int, ...], relative: bool = True) -> None:
         super().__init__()
         self.relative = relative
+        self.unit: Tensor
         self.values = nn.Parameter(torch.zeros(num, *shape))
         self.register_buffer("unit", torch.ones(num, *(1 for _ in shape)))
 
@@ -65,13 +66,12 @@ class Affine(nn.Module):
         if weight is None:
             raise ValueError(f"{norm} has no gamma and beta to tune; choose a site next to an affine norm layer")
         square = weight.square() + (0 if bias is None else bias.square())
-        self.unit = float(square.mean().sqrt())
+        self.num, self.unit = num, float(square.mean().sqrt())
         self.scale = nn.Parameter(torch.zeros(num, *shape)) if parameters in ("gamma", "both") else None
         self.shift = nn.Parameter(torch.zeros(num, *shape)) if parameters in ("beta", "both") else None
 
     def forward(self, y: Float[Tensor, "stack *unit"]) -> Float[Tensor, "stack *unit"]:
-        num = len(self.scale if self.scale is not None else self.shift)
-        z = y.unflatten(0, (num, -1))
+        z = y.unflatten(0, (self.num, -1))
         if self.scale is not None:
             z = z * (1 + self.scale).to(y.dtype).unsqueeze(1)
         if self.shift is not None:

@@ -272,7 +272,7 @@ def execute(source: Path, parameters: Mapping[str, Any], *, timeout: int | None 
             execution_timeout=timeout,
             extra_arguments=["--log-level=ERROR"],  # or each kernel warns that it does not encrypt
         )
-    except (papermill.PapermillExecutionError, TimeoutError, RuntimeError) as error:  # the last: a dead kernel
+    except (papermill.PapermillExecutionError, TimeoutError, RuntimeError) as error:  # the last: kernel died
         raise NotebookError(f"{error}\n{source.name} failed; its twin was not touched.") from error
     executed.metadata = nbformat.from_dict(
         {

@@ -135,9 +135,7 @@ def pretrain(
     kept = {epoch: _checkpoint(folder, epoch) for epoch in keep}
     for epoch, checkpoint in kept.items():
         if not (first < epoch <= config.epochs or checkpoint.exists()):
-            raise ValueError(
-                f"keep={epoch}: no {checkpoint}; this call trains from {first} to {config.epochs}"
-            )
+            raise ValueError(f"keep={epoch}: no {checkpoint}; this call trains from {first} to {config.epochs}")
     with progress(total=config.epochs, initial=first, desc=config.backbone, unit="epoch") as bar:
         while run.epoch < config.epochs:
             done, seconds = run.epoch - first, time.perf_counter() - clock
@@ -200,9 +198,7 @@ def export(
     if task.digest != state["data"]["digest"]:
         raise ValueError(f"{checkpoint} was not trained on these images of {task.name!r}; give the same task")
     half = {name: _half(name, value) for name, value in state[weights].items()}
-    content = safetensors.torch.save(
-        half, {"format": "pt"}
-    )  # safetensors writes a second key in random order
+    content = safetensors.torch.save(half, {"format": "pt"})  # safetensors writes a second key in random order
     records.write_atomically(output, content)
     model = _create(config, len(task.classes))
     model.load_state_dict(safetensors.torch.load(content))

@@ -112,7 +112,7 @@ def load(path: str | Path, backbone: nn.Module) -> PromptedBackbone:
         config = json.loads((file.metadata() or {}).get("apthory", "{}"))
         if config.get("format") != _FORMAT:
             raise ValueError(f"{path} is not a prompt saved by apthory (format {config.get('format')!r})")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     own = backbones.architecture(backbone)
     if config["backbone"] != own:
         raise ValueError(f"{path} was trained for the backbone {config['backbone']!r}, not {own!r}; load that one")

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -204,8 +205,8 @@ def environment() -> dict[str, Any]:
 
 
 def code_digest(*modules: ModuleType) -> dict[str, str]:
-    """SHA-256 of each module's source, by module name."""
-    return {module.__name__: _source_digest(module.__name__) for module in modules}
+    """SHA-256 of each module's source as it was when first asked for, whatever is edited while a process runs."""
+    return {module.__name__: _first_digest(module.__name__) for module in modules}
 
 
 def root() -> Path:
@@ -324,6 +325,11 @@ def _is_number(value: Any) -> bool:
 def _resolve(name: str) -> Any:
     module, _, function = name.rpartition(".")
     return getattr(importlib.import_module(module), function)
+
+
+@lru_cache
+def _first_digest(name: str) -> str:
+    return _source_digest(name)
 
 
 def _source_digest(name: str) -> str:

@@ -56,7 +56,7 @@ def list_sites(backbone: nn.Module, kind: Literal["block", "norm"] = "block") ->
             gives the output of the affine map of every normalization layer; where timm fuses an activation into
             the layer, that is the place just before the activation.
     """
-    trace = _trace(backbone)
+    trace = _Trace(backbone)
     if kind == "norm":
         return [trace.canonical(affine_output(backbone, name)) for name in trace.modules if _is_norm(backbone, name)]
     blocks = [name for name in trace.modules if name in set(_blocks(backbone))]
@@ -71,7 +71,7 @@ def resolve(backbone: nn.Module, site: str) -> str:
     Raises:
         ValueError: If the backbone has no such site; the nearest names are suggested.
     """
-    return _trace(backbone).canonical(_named(backbone, site))
+    return _Trace(backbone).canonical(_named(backbone, site))
 
 
 def site_shape(backbone: nn.Module, site: str, example: Tensor | None = None) -> tuple[int, ...]:
@@ -80,19 +80,19 @@ def site_shape(backbone: nn.Module, site: str, example: Tensor | None = None) ->
     Args:
         example: One image batch, for backbones that do not carry a timm data configuration.
     """
-    trace = _trace(backbone)
+    trace = _Trace(backbone)
     node = trace.marks[trace.known(_named(backbone, site))]
     return tuple(trace.propagate(_example(backbone, 2, example))[node].shape[1:])
 
 
-def channel_axis(backbone: nn.Module, site: str) -> int:
+def channel_axis(backbone: nn.Module, site: str, example: Tensor | None = None) -> int:
     """Which axis of the activation counts channels (negative, from the end).
 
     Read off the graph: the layer that makes the activation decides, else the first layers that consume it.
     """
-    trace = _trace(backbone)
+    trace = _Trace(backbone)
     node = trace.marks[trace.known(_named(backbone, site))]
-    rank = len(site_shape(backbone, site))
+    rank = len(site_shape(backbone, site, example))
     source = node
     while source.target is _mark:
         source = source.args[0]
@@ -107,7 +107,7 @@ def channel_axis(backbone: nn.Module, site: str) -> int:
 
 def norms_between(backbone: nn.Module, site: str) -> list[str]:
     """Normalization layers from a block site up to the next block site (where normalization tuning acts)."""
-    trace = _trace(backbone)
+    trace = _Trace(backbone)
     boundaries = list_sites(backbone)
     site = resolve(backbone, site)
     if site not in boundaries:
@@ -116,7 +116,13 @@ def norms_between(backbone: nn.Module, site: str) -> list[str]:
     position = [order[trace.marks[name]] for name in boundaries] + [len(order)]
     here = boundaries.index(site)
     inside = range(position[here], position[here + 1])
-    return [name for name in trace.modules if _is_norm(backbone, name) and order[trace.marks[f"{name}:input"]] in inside]
+    norms = [name for name in trace.modules if _is_norm(backbone, name)]
+    return [name for name in norms if order[trace.marks[f"{name}:input"]] in inside]
+
+
+def affine_output(backbone: nn.Module, norm: str) -> str:
+    """The site of a norm layer's affine map: its output, or the place before an activation that timm fuses into it."""
+    return f"{norm}.drop:input" if hasattr(backbone.get_submodule(norm), "act") else f"{norm}:output"
 
 
 def capture(backbone: nn.Module, sites: Sequence[str], x: Float[Tensor, "batch *unit"]) -> dict[str, Tensor]:
@@ -176,7 +182,7 @@ def split(
     """
     edits = dict(edits or {})
     try:
-        trace = _trace(backbone)
+        trace = _Trace(backbone)
     except UntraceableError as error:
         warnings.warn(f"{error}; the whole backbone runs at every step", stacklevel=2)
         for name in (site, *edits):
@@ -189,7 +195,7 @@ def split(
 def is_traceable(backbone: nn.Module) -> bool:
     """Whether torch.fx can cut this backbone, so that frozen prefixes can be cached."""
     try:
-        _trace(backbone)
+        _Trace(backbone)
     except UntraceableError:
         return False
     return True
@@ -276,7 +282,8 @@ class _Trace:
         name = site.rsplit(":", 1)[0]
         if name in self.repeated:
             raise ValueError(f"site {site!r}: the backbone calls {name!r} more than once, so the place is not unique")
-        raise ValueError(f"site {site!r}: the backbone never calls {name!r} with a single tensor; {_nearest(self.marks, site)}")
+        hint = _nearest(self.marks, site)
+        raise ValueError(f"site {site!r}: the backbone never calls {name!r} with a single tensor; {hint}")
 
     def canonical(self, site: str) -> str:
         """Of all names of a place: a block's input, else a block's output, else the name closest to its source."""
@@ -324,7 +331,8 @@ class _Trace:
                     sizes[node] = _size_rule(node, two[node], three[node], two[place].shape[0])
         crossing = [node for node in crossing if node not in sizes]
 
-        prefix, new = fx.Graph(), {}
+        prefix = fx.Graph()
+        new: dict[fx.Node, Any] = {}
         for node in self.graph.nodes:
             if node not in after and node.op != "output":
                 new[node] = prefix.node_copy(node, new.__getitem__)
@@ -337,12 +345,12 @@ class _Trace:
         batch = suffix.call_function(operator.getitem, (suffix.call_function(getattr, (new[place], "shape")), 0))
         for node, rule in sizes.items():
             new[node] = rule(suffix, batch)
-        by_mark = {self.marks[name]: (name, edit) for name, edit in edits.items()}
+        by_mark = {self.marks[name]: edit for name, edit in edits.items()}
         for node in self.graph.nodes:
             if node in after or (node not in varying and node.op != "output"):
                 new[node] = suffix.node_copy(node, new.__getitem__)
             if node in by_mark:
-                name, edit = by_mark[node]
+                edit = by_mark[node]
                 if isinstance(edit, nn.Module):
                     key = f"edit_{len(modules)}"
                     modules[key] = edit
@@ -350,10 +358,6 @@ class _Trace:
                 else:
                     new[node] = suffix.call_function(edit, (new[node],))
         return _module(self.root, prefix, {}), _module(self.root, suffix, modules)
-
-
-def _trace(backbone: nn.Module) -> _Trace:
-    return _Trace(backbone)
 
 
 def _module(root: nn.Module, graph: fx.Graph, extra: Mapping[str, nn.Module]) -> nn.Module:
@@ -457,21 +461,14 @@ def _blocks(backbone: nn.Module) -> list[str]:
     for name, module in backbone.named_modules():
         parent, _, last = name.rpartition(".")
         if last.isdigit() and isinstance(backbone.get_submodule(parent), sequences):
-            if not isinstance(module, sequences) and next(module.children(), None) is not None and _has_weights(module):
+            is_composite = next(module.children(), None) is not None and next(module.parameters(), None) is not None
+            if is_composite and not isinstance(module, sequences):
                 candidates.append(name)
     return [name for name in candidates if not any(other.startswith(f"{name}.") for other in candidates)]
 
 
-def _has_weights(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
-
-
 def _is_norm(backbone: nn.Module, name: str) -> bool:
     return isinstance(backbone.get_submodule(name), NORMS)
-
-
-def affine_output(backbone: nn.Module, name: str) -> str:
-    return f"{name}.drop:input" if hasattr(backbone.get_submodule(name), "act") else f"{name}:output"
 
 
 def _downstream(node: fx.Node) -> list[fx.Node]:
@@ -488,7 +485,7 @@ def _downstream(node: fx.Node) -> list[fx.Node]:
 
 def _layout(root: nn.Module, node: fx.Node) -> Literal["first", "last", ""]:
     if node.op == "call_module":
-        module = root.get_submodule(node.target)
+        module = root.get_submodule(str(node.target))
         if isinstance(module, _CHANNELS_FIRST):
             return "first"
         if isinstance(module, _CHANNELS_LAST):

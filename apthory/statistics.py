@@ -26,9 +26,7 @@ class Estimate:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
-def paired_difference(
-    first: pd.DataFrame, second: pd.DataFrame, *, num_draws: int = 2000, seed: int = 0
-) -> Estimate:
+def paired_difference(first: pd.DataFrame, second: pd.DataFrame, *, num_draws: int = 2000, seed: int = 0) -> Estimate:
     """Mean accuracy of the first minus that of the second, in points, over the tasks and seeds that both have.
 
     Both sides of a pair keep their tasks, seeds and test images together in every draw, so what they share
@@ -61,9 +59,30 @@ def paired_difference(
     return Estimate(value=value, low=float(low), high=float(high))
 
 
-def over_tasks(
-    values: Sequence[float], *, num_draws: int = 5000, seed: int = 0
-) -> Estimate:
+def matched(first: pd.DataFrame, second: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Both tables where they share task, site and seed, averaged over sites: ready for `paired_difference`."""
+    keys = ["task", "site", "seed"]
+    shared = first[keys].merge(second[keys])
+
+    def pooled(table: pd.DataFrame) -> pd.DataFrame:
+        rows = table.merge(shared, on=keys)
+        means = rows.groupby(["task", "seed"])["correct"].agg(lambda several: np.mean(np.stack(list(several)), axis=0))
+        return means.reset_index()
+
+    return pooled(first), pooled(second)
+
+
+def ratio(above: Sequence[float], below: Sequence[float], *, num_draws: int = 5000, seed: int = 0) -> Estimate:
+    """Ratio of the medians of two sets of timings taken in turns, with a bootstrap interval over the turns."""
+    pairs = np.stack([np.asarray(above, float), np.asarray(below, float)])
+    draws = np.random.default_rng(seed).integers(pairs.shape[1], size=(num_draws, pairs.shape[1]))
+    medians = np.median(pairs[:, draws], axis=2)
+    low, high = np.quantile(medians[0] / medians[1], [0.025, 0.975])
+    value = float(np.median(pairs[0]) / np.median(pairs[1]))
+    return Estimate(value=value, low=min(float(low), value), high=max(float(high), value))
+
+
+def over_tasks(values: Sequence[float], *, num_draws: int = 5000, seed: int = 0) -> Estimate:
     """Mean of one value for each task, with a bootstrap interval over tasks."""
     data = np.asarray(values, float)
     draws = np.random.default_rng(seed).choice(data, size=(num_draws, len(data))).mean(1)
@@ -71,7 +90,7 @@ def over_tasks(
     return Estimate(value=float(data.mean()), low=float(low), high=float(high))
 
 
-def by_task(table: pd.DataFrame, statistic: Callable[[Float[np.ndarray, " site"], Float[np.ndarray, " site"]], float]) -> list[float]:
+def by_task(table: pd.DataFrame, statistic: Callable[[np.ndarray, np.ndarray], float]) -> list[float]:
     """A statistic of (depth, accuracy) over the sites of each task, accuracies averaged over seeds first."""
     means = table.groupby(["task", "depth"], as_index=False)["accuracy"].mean()
     return [statistic(rows["depth"].to_numpy(), rows["accuracy"].to_numpy()) for _, rows in means.groupby("task")]

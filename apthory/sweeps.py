@@ -55,7 +55,8 @@ class Study:
     backbones: tuple[Mapping[str, Any], ...] = ({"name": "vit_micro"}, {"name": "resnet_micro"})
     tasks: tuple[str, ...] = SMALL_TASKS
     last_sites: int | None = None  # only so many block sites, from the last; None for all
-    controls_every: int = 1  # normalization tuning and frozen heads at every so-manieth site, from the last
+    norm_every: int = 1  # normalization tuning at every so-manieth site, from the one before the last
+    frozen_every: int = 1  # prompts with frozen heads likewise
     full: bool = True  # full fine-tuning as a comparator
 
 
@@ -68,17 +69,19 @@ STUDIES: dict[str, dict[str, Study]] = {
                 control_seeds=(0,),
             ),
             tasks=("textures", "orientation"),
-            controls_every=3,
+            norm_every=3,
+            frozen_every=3,
         ),
     },
     "small": {
-        "S": Study(protocol=Protocol(recipe=training.Recipe(), control_seeds=(0,)), controls_every=2),
+        "S": Study(protocol=Protocol(recipe=training.Recipe(), control_seeds=(0,)), norm_every=2, frozen_every=4),
         "mobilenet": Study(
             protocol=Protocol(recipe=training.Recipe(), control_seeds=(0,)),
             backbones=(MOBILENET,),
             tasks=("dtd10", "pacs", "caltech101"),
             last_sites=9,
-            controls_every=4,
+            norm_every=2,
+            frozen_every=4,
             full=False,
         ),
     },
@@ -93,17 +96,14 @@ def run_study(study: Study, folder: Path, executor: Executor | None = None) -> p
 def fetch_study(study: Study, folder: Path, executor: Executor | None = None) -> list[records.Record]:
     """The records of `run_study`."""
     main = fetch_all(list(cells(study)), folder, executor)
-    norms = {
-        _place(record.config): record["prompt_norm"] for record in main if record.config["method"]["name"] in ("ap", "vp")
-    }
     random = []
     for record in main:
         if record.config["method"]["name"] in ("ap", "vp"):
             method = {
                 "name": "random_prompt",
                 "site": record.config["method"]["site"],
-                # A tenth of a percent is enough; rounding keeps keys free of the last bits of a machine.
-                "norms": [float(f"{norm:.3g}") for norm in norms[_place(record.config)]],
+                # Three digits are enough, and keep the last bits of a machine out of the record's key.
+                "norms": [float(f"{norm:.3g}") for norm in record["prompt_norm"]],
             }
             random.append({**record.config, "method": method})
     return main + fetch_all(random, folder, executor)
@@ -116,16 +116,17 @@ def cells(study: Study) -> Iterable[dict[str, Any]]:
         model = _backbone(json.dumps(dict(backbone)))
         places = sites.list_sites(model)
         chosen = places if study.last_sites is None else places[-study.last_sites :]
-        with_controls = chosen[::-1][:: study.controls_every]
+        with_norm, with_frozen = chosen[-2::-1][:: study.norm_every], chosen[-2::-1][:: study.frozen_every]
         for task in study.tasks:
             every.append(_cell(study, backbone, task, {"name": "linear_probe"}))
             for site in chosen:
-                every.append(_cell(study, backbone, task, {"name": "vp" if site == ":input" else "ap", "site": site}))
+                prompt = "vp" if site == ":input" else "ap"
+                every.append(_cell(study, backbone, task, {"name": prompt, "site": site}))
                 every.append(_cell(study, backbone, task, {"name": "site_probe", "site": site}))
-                if site in with_controls:
+                if site in with_frozen:
                     costly.append(_cell(study, backbone, task, {"name": "frozen_head", "site": site}, control=True))
-                    if sites.norms_between(model, site):
-                        costly.append(_cell(study, backbone, task, {"name": "norm", "site": site}, control=True))
+                if site in with_norm and sites.norms_between(model, site):
+                    costly.append(_cell(study, backbone, task, {"name": "norm", "site": site}, control=True))
             if study.full:
                 costly.append(_cell(study, backbone, task, {"name": "full"}, control=True))
     return every + costly
@@ -236,7 +237,7 @@ def table(cells: Iterable[records.Record]) -> pd.DataFrame:
     """One row for each cell and seed.
 
     Columns: backbone, task, method, site, depth (0 at the input, 1 at the last site), seed, accuracy in percent,
-    correct (by test image), learning_rate, relative_norm, seconds of the bundle, key of the record.
+    correct (by test image), validation_accuracy, learning_rate, relative_norm, seconds of the bundle, key of the record.
     """
     rows = []
     for record in cells:
@@ -255,6 +256,7 @@ def table(cells: Iterable[records.Record]) -> pd.DataFrame:
                     "seed": seed,
                     "accuracy": record["accuracy"][index],
                     "correct": bits[: record["num_test"]].astype(bool),
+                    "validation_accuracy": record["validation_accuracy"][index],
                     "learning_rate": record["learning_rate"],
                     "relative_norm": record["relative_norm"][index],
                     "seconds": record["bundle_seconds"],
@@ -262,6 +264,17 @@ def table(cells: Iterable[records.Record]) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
+
+
+def best_sites(table: pd.DataFrame) -> pd.DataFrame:
+    """Of each task's rows those at the site with the best validation accuracy, averaged over seeds.
+
+    Args:
+        table: Rows of one backbone and one method, as `table` gives them.
+    """
+    means = table.groupby(["task", "site"], sort=False)["validation_accuracy"].mean()
+    best = means.groupby("task").idxmax()
+    return table[[(task, site) in set(best) for task, site in zip(table["task"], table["site"], strict=True)]]
 
 
 def command(
@@ -283,7 +296,8 @@ def command(
     if workers == 1:
         result = run_study(chosen, folder)
     else:
-        with ProcessPoolExecutor(workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        spawn = get_context("spawn")
+        with ProcessPoolExecutor(workers, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             result = run_study(chosen, folder, pool)
     means = result.groupby(["backbone", "method", "site"], sort=False)["accuracy"].mean().round(1)
     typer.echo(means.to_string())
@@ -302,10 +316,6 @@ def _cell(
         "learning_rates": list(protocol.learning_rates),
         "seeds": list(protocol.control_seeds if control else protocol.seeds),
     }
-
-
-def _place(config: Mapping[str, Any]) -> tuple[str, str, str]:
-    return json.dumps(config["backbone"]), config["task"], config["method"]["site"]
 
 
 def _fit_random(

@@ -39,9 +39,7 @@ class Images:
 
     def __post_init__(self):
         if len(self.pixels) != len(self.labels):
-            raise ValueError(
-                f"{len(self.pixels)} images and {len(self.labels)} labels; expected one label each"
-            )
+            raise ValueError(f"{len(self.pixels)} images and {len(self.labels)} labels; expected one label each")
         if self.pixels.shape[1] != 3:
             raise ValueError(f"images of {self.pixels.shape[1]} channels; expected 3 (red, green, blue)")
 
@@ -81,15 +79,11 @@ class Task:
     def __post_init__(self):
         here, last = f"task {self.name!r}", len(self.classes) - 1
         if last < 1:
-            raise ValueError(
-                f"{here} has the classes {list(self.classes)}; at least two are needed to classify"
-            )
+            raise ValueError(f"{here} has the classes {list(self.classes)}; at least two are needed to classify")
         if len(set(self.classes)) <= last:
             raise ValueError(f"{here} names a class twice: {list(self.classes)}")
         if (shape := self.train.pixels.shape[1:]) != (other := self.test.pixels.shape[1:]):
-            raise ValueError(
-                f"{here} has train images of shape {tuple(shape)} but test images of {tuple(other)}"
-            )
+            raise ValueError(f"{here} has train images of shape {tuple(shape)} but test images of {tuple(other)}")
         for part, images in (("train", self.train), ("test", self.test)):
             if not len(images):
                 raise ValueError(f"{here} has no {part} images")
@@ -105,9 +99,7 @@ class Task:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of pixels, labels and class names, in hex."""
-        arrays = (
-            part.numpy() for images in (self.train, self.test) for part in (images.pixels, images.labels)
-        )
+        arrays = (part.numpy() for images in (self.train, self.test) for part in (images.pixels, images.labels))
         return _sha256(json.dumps(self.classes).encode(), *arrays)
 
     def split(
@@ -188,9 +180,7 @@ def load(name: str, size: int, data: str | Path | None = None) -> Task:
     if not folder:
         raise ValueError(f"no embedded task {name!r}, and no data folder to look in. {way_out}. {known}")
     if not Path(folder).is_dir():
-        raise ValueError(
-            f"no task {name!r}: the data folder {str(folder)!r} does not exist. {way_out}. {known}"
-        )
+        raise ValueError(f"no task {name!r}: the data folder {str(folder)!r} does not exist. {way_out}. {known}")
     found = sorted(path.name for path in Path(folder).iterdir() if any(path.glob("train-*.parquet")))
     if name not in found:
         there = ", ".join(found) or "no folder with train-*.parquet"
@@ -286,9 +276,7 @@ def from_parquet(
     """
     import pyarrow.parquet as pq
 
-    where = {
-        column: [keep] if isinstance(keep, str) else list(keep) for column, keep in (where or {}).items()
-    }
+    where = {column: [keep] if isinstance(keep, str) else list(keep) for column, keep in (where or {}).items()}
     filters = [(column, "in", keep) for column, keep in where.items()] or None
     parts, names = [], []
     for part in ("train", "test"):
@@ -302,14 +290,10 @@ def from_parquet(
                 raise ValueError(f"no {part} row with {column} {_some(absent)}; there are {_some(there)}")
         table = pq.read_table(files, columns=[image, label], filters=filters)
         parts.append(_Part(part, table[label].to_pylist(), partial(_row, table[image])))
-        info = json.loads(
-            (table.schema.metadata or {}).get(b"huggingface", "{}")
-        )  # where `datasets` puts names
+        info = json.loads((table.schema.metadata or {}).get(b"huggingface", "{}"))  # where `datasets` puts names
         names.append(info.get("info", {}).get("features", {}).get(label, {}).get("names"))
     if names[0] != names[1]:
-        raise ValueError(
-            f"train and test in {str(path)!r} name their classes differently: {names[0]}, {names[1]}"
-        )
+        raise ValueError(f"train and test in {str(path)!r} name their classes differently: {names[0]}, {names[1]}")
     chosen = "".join(f"[{column}={'|'.join(map(str, keep))}]" for column, keep in where.items())
     return _task(Path(path).resolve().name + chosen, names[0], parts, size)
 
@@ -353,14 +337,10 @@ def from_hub(
             "options and connection, or read a local copy by folder:PATH or parquet:PATH"
         ) from error
     if not isinstance(found, datasets.DatasetDict):
-        raise ValueError(
-            "the options split= and streaming= do not fit here; choose splits by train= and test="
-        )
+        raise ValueError("the options split= and streaming= do not fit here; choose splits by train= and test=")
     test = test or next((name for name in _TEST_NAMES if name in found), "test")
     if missing := [name for name in (train, test) if name not in found]:
-        raise ValueError(
-            f"{identifier!r} has no split {_some(missing)}; name them by train=, test=: {list(found)}"
-        )
+        raise ValueError(f"{identifier!r} has no split {_some(missing)}; name them by train=, test=: {list(found)}")
     parts, names = [], None
     for part, name in (("train", train), ("test", test)):
         _check_columns(identifier, (image, label), found[name].column_names)
@@ -381,9 +361,7 @@ def _task(name: str, classes: Sequence[str] | None, parts: Sequence[_Part], size
     rows = [(part, index) for part in parts for index in range(len(part.labels))]
     labels = [label for part in parts for label in part.labels]
     if None in labels:
-        raise ValueError(
-            f"{labels.count(None)} of {len(labels)} images of {name!r} have no label; remove them"
-        )
+        raise ValueError(f"{labels.count(None)} of {len(labels)} images of {name!r} have no label; remove them")
     if classes is None:
         values = sorted(set(labels))
         classes, labels = [str(value) for value in values], [values.index(label) for label in labels]
@@ -396,9 +374,7 @@ def _task(name: str, classes: Sequence[str] | None, parts: Sequence[_Part], size
         try:
             source = part.fetch(index)
             place = source["path"] or place
-            with Image.open(
-                source["path"] if source["bytes"] is None else io.BytesIO(source["bytes"])
-            ) as image:
+            with Image.open(source["path"] if source["bytes"] is None else io.BytesIO(source["bytes"])) as image:
                 target[row] = _pixels(image, size)
                 return image.format.lower(), ""
         except UnidentifiedImageError:

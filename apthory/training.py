@@ -7,7 +7,7 @@ configuration. Validation data chooses epoch and configuration; the test part is
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -37,6 +37,10 @@ class Configuration:
     weight_decay: float = 0.0
     seed: int = 0  # subsample, validation split, initial head and order of examples
 
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0 or self.weight_decay < 0 or self.seed < 0:
+            raise ValueError(f"{self}: the learning rate is positive, weight decay and seed are not negative")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -53,6 +57,14 @@ class Recipe:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the hardware has it
     deterministic: bool = False  # refuse kernels whose results may vary from run to run
     cache: bool = True  # keep the prefix's result; False computes it anew at every step
+
+    def __post_init__(self) -> None:
+        if self.num_epochs < 1 or self.batch_size < 1:
+            raise ValueError(f"num_epochs is {self.num_epochs} and batch_size {self.batch_size}; both are at least 1")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is {self.warmup}; it is a share of all steps, from 0 to below 1")
+        if self.num_validation == 0:
+            raise ValueError("num_validation is 0, but validation images choose epoch and configuration; hold some out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +99,7 @@ class Fit:
         """The head as an ordinary layer on the backbone's features."""
         width, num_classes = self.state["heads.weight"].shape[1:]
         heads = LinearHeads(1, width, num_classes, [torch.Generator()])
-        heads.load_state_dict({key.removeprefix("heads."): v for key, v in self.state.items() if key.startswith("heads.")})
+        _load(heads, [self.state], "heads.")
         return heads.export(0)
 
     @property
@@ -155,7 +167,7 @@ def evaluate(task: Task, fits: Sequence[Fit]) -> list[Evaluation]:
                 features = body.suffix(*(_repeat(z, len(fits)) for z in crossing))
             correct.append(heads(features).argmax(-1).cpu() == labels)
     table = torch.cat(correct, dim=1)
-    return [Evaluation(accuracy=100 * float(row.float().mean()), correct=row) for row in table]
+    return [Evaluation(accuracy=100 * int(row.sum()) / len(row), correct=row) for row in table]
 
 
 def tune(
@@ -191,11 +203,11 @@ def tune(
 
     tried = train(rates)
     for _ in range(max_extensions if len(rates) > 1 else 0):
-        best = choose(tried).configuration.learning_rate
-        if best == rates[0]:
+        rate = choose(tried).configuration.learning_rate
+        if rate == rates[0]:
             rates.insert(0, rates[0] ** 2 / rates[1])
             tried += train(rates[:1])
-        elif best == rates[-1]:
+        elif rate == rates[-1]:
             rates.append(rates[-1] ** 2 / rates[-2])
             tried += train(rates[-1:])
         else:
@@ -225,7 +237,9 @@ class PrefixCache:
         """Memory that the results take."""
         return sum(part.numel() * part.element_size() for part in self.parts)
 
-    def extend(self, backbone: nn.Module, prefix: nn.Module, images: Images, indices: Int64[Tensor, " image"], precision: str) -> None:
+    def extend(
+        self, backbone: nn.Module, prefix: nn.Module, images: Images, indices: Int64[Tensor, " image"], precision: str
+    ) -> None:
         """Run the prefix on the images that are not in the cache yet."""
         new = [index for index in indices.unique().tolist() if index not in self.rows]
         chunks: list[list[Tensor]] = []
@@ -252,7 +266,7 @@ class PrefixCache:
 
 
 @contextmanager
-def _deterministic(wanted: bool):  # type: ignore[no-untyped-def]
+def _deterministic(wanted: bool) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(wanted or before)
     try:
@@ -272,7 +286,15 @@ def autocast(backbone: nn.Module, precision: str) -> AbstractContextManager:
 # ------------------------------------------------------------------------------------------ inside a bundle
 
 
-def _fit_or_halve(backbone, task, method, configurations, recipe, heads, cache):  # type: ignore[no-untyped-def]
+def _fit_or_halve(
+    backbone: nn.Module,
+    task: Task,
+    method: Method,
+    configurations: Sequence[Configuration],
+    recipe: Recipe,
+    heads: Sequence[Fit] | None,
+    cache: PrefixCache | None,
+) -> list[Fit]:
     try:
         return _fit(backbone, task, method, configurations, recipe, heads, cache)
     except (MemoryError, RuntimeError) as error:
@@ -349,7 +371,7 @@ class Bundle:
     def validate(self) -> tuple[list[float], list[float]]:
         """Accuracy in percent and mean cross-entropy of every configuration on its validation images."""
         indices = torch.stack([split.validation for split in self.splits])
-        hits, totals = torch.zeros(len(indices)), torch.zeros(len(indices))
+        hits, totals = torch.zeros(len(indices), dtype=torch.long), torch.zeros(len(indices))
         for chunk in indices.split(max(1, _CHUNK // len(indices)), dim=1):
             crossing = self.source(chunk.flatten())
             with autocast(self.backbone, self.recipe.precision):
@@ -358,7 +380,8 @@ class Bundle:
             labels = self.task.train.labels[chunk]
             hits += (logits.argmax(-1) == labels).sum(1)
             totals += losses(logits, labels) * chunk.shape[1]
-        return (100 * hits / indices.shape[1]).tolist(), (totals / indices.shape[1]).tolist()
+        accuracies = [100 * count / indices.shape[1] for count in hits.tolist()]
+        return accuracies, (totals / indices.shape[1]).tolist()
 
     def state(self, k: int) -> dict[str, Tensor]:
         """A copy of the parameters and units of one configuration, as a bundle of one."""
@@ -499,12 +522,13 @@ class _Optimizer:
                 continue
             if self.recipe.optimizer == "sgd":
                 first.mul_(self.recipe.momentum).add_(gradient + decay * parameter)
-                parameter -= factor * rate * first
+                parameter.sub_(factor * rate * first)
             else:
                 first.lerp_(gradient, 1 - 0.9)
                 second.mul_(0.999).addcmul_(gradient, gradient, value=1 - 0.999)
                 scale = second.div(1 - 0.999**self.num_steps).sqrt_().add_(1e-8)
-                parameter -= factor * rate * (first / (1 - 0.9**self.num_steps) / scale + decay * parameter)
+                update = first / (1 - 0.9**self.num_steps) / scale
+                parameter.sub_(factor * rate * (update + decay * parameter))
             parameter.grad = None
 
 

@@ -30,9 +30,7 @@ def python(*arguments):
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(
-    "use", ["import apthory", "from apthory.__main__ import app", "import apthory; dir(apthory)"]
-)
+@pytest.mark.parametrize("use", ["import apthory", "from apthory.__main__ import app", "import apthory; dir(apthory)"])
 def test_importing_is_free_until_a_name_is_used(use):
     shown = python("-c", f"import sys; {use}; print(*(set({HEAVY}) & sys.modules.keys()))")
     assert (shown.returncode, shown.stdout, shown.stderr) == (0, "\n", "")
@@ -51,7 +49,8 @@ def test_every_name_is_what_its_module_defines(name):
 
 
 def test_a_module_is_imported_when_it_or_its_name_is_used():
-    shown = python("-c", "import sys, apthory; print(apthory.sites.split is apthory.split, 'torch' in sys.modules)")
+    code = "import sys, apthory as ap; print(ap.sites.split is ap.split, 'torch' in sys.modules)"
+    shown = python("-c", code)
     assert shown.stdout == "True True\n", shown.stderr
     assert {"backbones", "methods", "prompts", "sites", "tasks", "training"} <= set(dir(apthory))
 

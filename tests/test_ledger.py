@@ -33,6 +33,7 @@ STATISTICS = {
     "ADA-2": 2,
     "ADA-3": 1,
     "ADA-4": 1,
+    "Q-1": 1,
 }
 
 
@@ -112,9 +113,7 @@ def test_a_threshold_that_cannot_be_read_is_refused(threshold):
 
 def test_a_verdict_is_written_with_its_scope(project):
     record = "a" * 64
-    result = judge(
-        "AP-5a.spearman", 0.62, (0.41, 0.78), made_from=[record], tag="resnet_micro", note="Early."
-    )
+    result = judge("AP-5a.spearman", 0.62, (0.41, 0.78), made_from=[record], tag="resnet_micro", note="Early.")
     path = project / "figures" / "small" / "ledger" / "AP-5a.spearman@resnet_micro.json"
     first = path.read_bytes()
     assert json.loads(first) == {

@@ -99,9 +99,7 @@ def project(tmp_path, monkeypatch):
 
 
 def contents(project):
-    kept = (
-        path for path in project.rglob("*.*") if path.suffix in (".ipynb", ".png", ".pdf", ".csv", ".json")
-    )
+    kept = (path for path in project.rglob("*.*") if path.suffix in (".ipynb", ".png", ".pdf", ".csv", ".json"))
     return {path.relative_to(project).as_posix(): path.read_bytes() for path in kept}
 
 
@@ -248,6 +246,23 @@ def test_a_failing_cell_is_shown_and_nothing_is_written(project, monkeypatch):
     assert dict(os.environ) == before
 
 
+@pytest.mark.parametrize(
+    ("cell", "options", "message"),
+    [
+        ("import time\ntime.sleep(60)", {"timeout": 1}, "timed out"),
+        ("import os\nos._exit(1)", {}, "Kernel died"),
+    ],
+    ids=["takes too long", "kills the kernel"],
+)
+def test_a_cell_that_does_not_end_is_an_error_of_the_notebook(project, capfd, cell, options, message):
+    source = project / "notebooks" / "00_sums.py"
+    source.write_text(EXAMPLE.partition("# %%\nimport")[0] + f"# %%\n{cell}\n")
+    with pytest.raises(notebooks.NotebookError, match=rf"(?s){message}.*\n00_sums\.py failed; its twin was"):
+        notebooks.run(**options)
+    assert not source.with_suffix(".ipynb").exists()
+    assert "encrypt" not in capfd.readouterr().err  # kernels do not warn of their own transport
+
+
 def test_unknown_parameters_notebooks_and_suites_are_errors(project):
     with pytest.raises(ValueError, match=r"00_sums\.py has no parameter limits; it has suite, limit"):
         notebooks.run(parameters={"limits": 3})
@@ -307,6 +322,7 @@ def test_cite_prints_bibtex_for_the_software_and_the_papers(monkeypatch):
     result = CliRunner().invoke(app, ["cite"])
     assert result.exit_code == 0
     assert result.output.startswith("@software{apthory,")
+    assert "author  = {{apthory contributors}}" in result.output  # one name, not "contributors, apthory"
     for number in ("2604.06440", "2212.10556", "2403.13282"):
         assert result.output.count(f"arXiv:{number}") == 1
     assert result.output.count("{") == result.output.count("}")
@@ -378,9 +394,7 @@ def test_a_twin_is_its_source_executed(source, twin, suite):
     nbformat.validate(notebook)
     cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     sources = jupytext.read(source).cells
-    assert [(cell.cell_type, cell.source) for cell in cells] == [
-        (cell.cell_type, cell.source) for cell in sources
-    ]
+    assert [(cell.cell_type, cell.source) for cell in cells] == [(cell.cell_type, cell.source) for cell in sources]
     for cell in cells:
         for output in cell.get("outputs", []):
             assert output.output_type != "error"
@@ -396,9 +410,7 @@ def test_every_figure_is_named_by_its_notebook_and_the_other_way_round(suite):
     for ending in ("png", "pdf", "csv"):
         drawn = {path.stem for path in (REPOSITORY / "figures" / suite).glob(f"*.{ending}")}
         ran = [source for source in SOURCES if notebooks_ran(source, suite)]
-        named = {
-            name for source in ran for name in re.findall(rf'"({source.stem[:2]}_\w+)"', source.read_text())
-        }
+        named = {name for source in ran for name in re.findall(rf'"({source.stem[:2]}_\w+)"', source.read_text())}
         assert drawn == named
 
 

@@ -210,9 +210,7 @@ def test_a_corrupt_checkpoint_is_set_aside_and_the_one_before_it_used(task, fini
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(task, tmp_path):
     config = small_config(learning_rate=1e30, max_gradient_norm=1e30, precision="float32")
-    with pytest.raises(
-        FloatingPointError, match=r"epoch 1, step \d of 4.*learning_rate below.*epoch-0000.pt"
-    ):
+    with pytest.raises(FloatingPointError, match=r"epoch 1, step \d of 4.*learning_rate below.*epoch-0000.pt"):
         pretrain(config, tmp_path, task=task)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["epoch-0000.pt"]
     assert all(value.isfinite().all() for value in read(tmp_path, 0)["model"].values())

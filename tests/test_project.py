@@ -19,12 +19,14 @@ ROOT = Path(__file__).parents[1]
 # What each module may import of ours; a module that is not listed may import any that does not import it.
 BELOW_METHODS = {"sites", "prompts", "pixels", "heads"}
 BELOW_TRAINING = BELOW_METHODS | {"methods", "backbones", "tasks", "records", "progress"}
+BELOW_SWEEPS = BELOW_TRAINING | {"training", "efficiency", "metrics", "statistics"}
 MAY_IMPORT = {
     "theory": set(),
+    "statistics": set(),
     "progress": set(),
     "sites": set(),
     "metrics": {"sites"},
-    "prompts": {"sites"},
+    "prompts": {"sites", "backbones"},
     "pixels": {"sites"},
     "equivalence": {"sites", "prompts"},
     "methods": BELOW_METHODS,
@@ -32,9 +34,12 @@ MAY_IMPORT = {
     "backbones": BELOW_TRAINING,
     "tasks": BELOW_TRAINING,
     "records": BELOW_TRAINING,
+    "pretraining": BELOW_TRAINING,
     "training": BELOW_TRAINING,
-    "selection": BELOW_TRAINING | {"training", "efficiency", "metrics"},
-    "sweeps": BELOW_TRAINING | {"training", "efficiency", "metrics"},
+    "efficiency": BELOW_TRAINING | {"training"},
+    "selection": BELOW_SWEEPS,
+    "sweeps": BELOW_SWEEPS,
+    "bench": BELOW_SWEEPS,
 }
 # The only modules of ours that may import a package of others.
 ONLY_IN = {
@@ -267,9 +272,7 @@ def repository_files() -> list[Path]:
 
 
 MACHINE_PATH = re.compile(rb"(?<![\w.~}])/(?:root|work|tmp|home|Users|opt|mnt)/\w")
-REGISTRY = re.compile(
-    rb"pypi\.org|pythonhosted\.org|download\.pytorch\.org|anaconda\.org|index[-]url|find[-]links"
-)
+REGISTRY = re.compile(rb"pypi\.org|pythonhosted\.org|download\.pytorch\.org|anaconda\.org|index[-]url|find[-]links")
 
 
 @pytest.mark.parametrize("text", [b'"/tmp' + b'/x"', b"file:///" + b"root/y", b" /home" + b"/me"])
@@ -277,9 +280,7 @@ def test_machine_paths_are_recognised(text):
     assert MACHINE_PATH.search(text)
 
 
-@pytest.mark.parametrize(
-    "text", [b"../work/x", b"a/tmp/b", b"$HOME/opt", b"https://x.org/home/y", b"/dev/null"]
-)
+@pytest.mark.parametrize("text", [b"../work/x", b"a/tmp/b", b"$HOME/opt", b"https://x.org/home/y", b"/dev/null"])
 def test_other_paths_are_left_alone(text):
     assert not MACHINE_PATH.search(text)
 

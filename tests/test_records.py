@@ -302,9 +302,7 @@ def test_recomputing_compares_values_but_no_timings(study, tmp_path):
 
 def test_environment_tells_versions_and_hardware():
     environment = records.environment()
-    assert (
-        environment["torch"] == torch.__version__.split("+")[0] or environment["torch"] == torch.__version__
-    )
+    assert environment["torch"] == torch.__version__.split("+")[0] or environment["torch"] == torch.__version__
     assert environment["threads"] == torch.get_num_threads()
     assert environment["processor"]
     assert json.loads(json.dumps(environment)) == environment

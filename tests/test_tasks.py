@@ -146,9 +146,7 @@ def test_the_exif_orientation_is_applied(tmp_path):
 
 
 def test_floating_point_images_are_refused(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"1 of 3 images cannot be read: .*image\.tif \(floating-point pixels"
-    ):
+    with pytest.raises(ValueError, match=r"1 of 3 images cannot be read: .*image\.tif \(floating-point pixels"):
         read_one(Image.fromarray(np.ones((SIZE, SIZE), dtype=np.float32)), tmp_path, ".tif")
 
 
@@ -168,13 +166,9 @@ def test_unreadable_images_are_counted_over_both_parts_and_five_are_named(tmp_pa
     (tmp_path / "train" / "red" / "7.png").write_bytes(b"")
     whole = (tmp_path / "test" / "red" / "1.png").read_bytes()
     (tmp_path / "test" / "red" / "1.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(
-        ValueError, match=r"6 of 50 images cannot be read: .*, \.\.\.; remove or replace"
-    ) as error:
+    with pytest.raises(ValueError, match=r"6 of 50 images cannot be read: .*, \.\.\.; remove or replace") as error:
         tasks.from_folder(tmp_path, SIZE)
-    named = [f"blue{os.sep}{number}.png (not an image" for number in (3, 4, 5, 6)] + [
-        f"red{os.sep}7.png (not an"
-    ]
+    named = [f"blue{os.sep}{number}.png (not an image" for number in (3, 4, 5, 6)] + [f"red{os.sep}7.png (not an"]
     assert all(name in str(error.value) for name in named)
     assert f"test{os.sep}red" not in str(error.value)
 
@@ -198,9 +192,7 @@ def test_an_unreadable_image_in_parquet_is_named_by_part_and_row(tmp_path):
     ]
     write_parquet(tmp_path / "train-0.parquet", [0, 1, 1], ["a", "b"], images)
     write_parquet(tmp_path / "test-0.parquet", [0, 1], ["a", "b"])
-    with pytest.raises(
-        ValueError, match=r"2 of 5 images cannot be read: train row 1 \(not an .*train row 2 \("
-    ):
+    with pytest.raises(ValueError, match=r"2 of 5 images cannot be read: train row 1 \(not an .*train row 2 \("):
         tasks.from_parquet(tmp_path, SIZE)
 
 
@@ -287,9 +279,7 @@ def test_a_folder_without_a_task_says_what_is_missing(tmp_path, make: Callable, 
 def test_a_class_with_other_files_only_says_how_many(tmp_path):
     write_folder(tmp_path, red=3, blue=0)
     (tmp_path / "blue" / "image.svg").write_text("<svg/>")
-    with pytest.raises(
-        ValueError, match=r"class 'blue' .* has no images \(1 other files\); expected files that end"
-    ):
+    with pytest.raises(ValueError, match=r"class 'blue' .* has no images \(1 other files\); expected files that end"):
         tasks.from_folder(tmp_path, SIZE)
 
 
@@ -301,9 +291,7 @@ def test_a_missing_folder_is_named(tmp_path):
 def test_a_class_in_test_that_train_lacks_is_named(tmp_path):
     write_folder(tmp_path / "train", red=2, blue=2)
     write_folder(tmp_path / "test", red=1, green=1)
-    with pytest.raises(
-        ValueError, match=r"has the classes 'green', which train lacks \(it has 'blue', 'red'\)"
-    ):
+    with pytest.raises(ValueError, match=r"has the classes 'green', which train lacks \(it has 'blue', 'red'\)"):
         tasks.from_folder(tmp_path, SIZE)
 
 
@@ -343,9 +331,7 @@ def test_the_layout_is_that_of_datasets(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y"])})
     rows = {"image": [plain(COLOURS["red"]), plain(COLOURS["blue"])], "label": [1, 0]}
     for part in ("train", "test"):
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(
-            tmp_path / f"{part}-00000-of-00001.parquet"
-        )
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{part}-00000-of-00001.parquet")
     task = tasks.from_parquet(tmp_path, SIZE)
     assert task.classes == ("x", "y")
     assert task.train.labels.tolist() == [1, 0]
@@ -397,9 +383,7 @@ def test_labels_without_names_are_named_by_their_sorted_values(tmp_path, labels)
 def test_names_that_differ_between_train_and_test_are_refused(tmp_path):
     write_parquet(tmp_path / "train-0.parquet", [0, 1], ["cat", "dog"])
     write_parquet(tmp_path / "test-0.parquet", [0, 1], ["dog", "cat"])
-    with pytest.raises(
-        ValueError, match=r"name their classes differently: \['cat', 'dog'\], \['dog', 'cat'\]"
-    ):
+    with pytest.raises(ValueError, match=r"name their classes differently: \['cat', 'dog'\], \['dog', 'cat'\]"):
         tasks.from_parquet(tmp_path, SIZE)
 
 
@@ -442,9 +426,7 @@ def test_the_hub_reads_what_the_folder_reads(hub, tmp_path):
     assert task.classes == ("blue", "red")
     assert task.train.labels.bincount().tolist() == [2, 3]
     assert task.digest == tasks.from_folder(hub, SIZE).digest
-    with pytest.raises(
-        ValueError, match=r"has no split 'holdout'; name them by train=, test=: \['train', 'valid"
-    ):
+    with pytest.raises(ValueError, match=r"has no split 'holdout'; name them by train=, test=: \['train', 'valid"):
         tasks.from_hub(str(hub), SIZE, test="holdout", **options)
     with pytest.raises(ValueError, match=r"has no column 'fine'; it has 'image', 'label'"):
         tasks.from_hub(str(hub), SIZE, label="fine", **options)
@@ -453,9 +435,7 @@ def test_the_hub_reads_what_the_folder_reads(hub, tmp_path):
 
 
 def test_a_data_set_that_the_hub_does_not_give_keeps_the_hubs_own_error(hub):
-    with pytest.raises(
-        OSError, match=r"cannot load 'nobody/nothing' from the hub \(.*\); check identifier"
-    ) as error:
+    with pytest.raises(OSError, match=r"cannot load 'nobody/nothing' from the hub \(.*\); check identifier") as error:
         tasks.load("hub:nobody/nothing", SIZE)
     assert error.value.__cause__ is not None
 
@@ -487,21 +467,15 @@ def test_without_a_data_folder_the_error_says_how_to_name_one(no_data):
 
 
 def test_a_data_folder_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"data folder '.*gone' does not exist\. Set APTHORY_DATA or pass data="
-    ):
+    with pytest.raises(ValueError, match=r"data folder '.*gone' does not exist\. Set APTHORY_DATA or pass data="):
         tasks.load("caltech101", SIZE, data=tmp_path / "gone")
 
 
 @pytest.mark.parametrize("name", ["birds", "folder:", "zip:birds"])
 def test_an_unknown_name_lists_embedded_tasks_those_found_and_the_prefixes(parquet, name):
-    with pytest.raises(
-        ValueError, match=rf"no task '{name}' in the data folder .* which has: pets\."
-    ) as error:
+    with pytest.raises(ValueError, match=rf"no task '{name}' in the data folder .* which has: pets\.") as error:
         tasks.load(name, SIZE, data=parquet.parent)
-    assert all(
-        known in str(error.value) for known in (*tasks.EMBEDDED, "folder:PATH", "parquet:PATH", "hub:ID")
-    )
+    assert all(known in str(error.value) for known in (*tasks.EMBEDDED, "folder:PATH", "parquet:PATH", "hub:ID"))
 
 
 def test_a_data_folder_without_tasks_says_what_was_looked_for(tmp_path):
@@ -524,9 +498,7 @@ TEST = [0] * 40 + [1] * 40 + [2] * 20
 
 
 def test_images_need_one_label_each_and_three_channels(monkeypatch):
-    monkeypatch.setattr(
-        jaxtyping.config, "jaxtyping_disable", True
-    )  # what users see, without checks of shapes
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # what users see, without checks of shapes
     with pytest.raises(ValueError, match=r"3 images and 2 labels; expected one label each"):
         tasks.Images(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match=r"images of 1 channels; expected 3"):
@@ -604,9 +576,7 @@ def test_no_exchange_of_one_image_makes_a_subset_more_proportional(counts, part,
     indices = getattr(task.split(0, **{f"num_{part}": number}), part)
     shares = task.train.labels[indices].bincount(minlength=len(counts)).tolist()
     pairs = list(zip(counts, shares, strict=True))
-    last = [
-        count / (share - 0.5) for count, share in pairs if share > 1
-    ]  # the first image is every class's right
+    last = [count / (share - 0.5) for count, share in pairs if share > 1]  # the first image is every class's right
     following = [count / (share + 0.5) for count, share in pairs if share < count]
     assert sum(shares) == number
     assert min(last, default=math.inf) >= max(following, default=0) * (1 - 1e-12)

@@ -1,0 +1,627 @@
+"""Claims about training: the fast loop is the plain loop, bundles do not mix, the test part stays unseen."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import reference
+import tiny
+from apthory import backbones, heads, methods, prompts, sites, tasks, training
+from apthory.methods import ActivationPrompting, FixedPrompt, FullFineTuning, LinearProbe, Method, NormTuning
+from apthory.training import Configuration, Fit, Recipe
+
+RECIPE = Recipe(num_epochs=3, batch_size=16, num_train=40, num_validation=12, num_test=20, precision="float32")
+SITE = {"vit": "blocks.1:input", "resnet": "layer2.0:input"}
+# Batches of another size are summed in another order; over the steps of RECIPE that grows to no more than this.
+CLOSE = {"rtol": 2e-3, "atol": 2e-4}
+
+
+@pytest.fixture(scope="module")
+def task() -> tasks.Task:
+    return tiny.task(60, 30)
+
+
+def assert_same_fit(fit: Fit, other: Fit, exact: bool = False) -> None:
+    tolerance = {"rtol": 0, "atol": 0} if exact else CLOSE
+    assert fit.configuration == other.configuration
+    assert fit.epoch == other.epoch
+    assert fit.validation_curve == other.validation_curve
+    assert fit.state.keys() == other.state.keys()
+    for name in ("train_curve", "validation_loss", "prompt_norm", "relative_norm"):
+        torch.testing.assert_close(
+            torch.tensor(getattr(fit, name)),
+            torch.tensor(getattr(other, name)),
+            **tolerance,
+            msg=lambda m: f"{name}: {m}",
+        )
+    for name, value in fit.state.items():
+        torch.testing.assert_close(value, other.state[name], **tolerance, msg=lambda m: f"{name}: {m}")
+
+
+# ---------------------------------------------------------------------------------- the plain loop
+
+
+PLAIN = {
+    "ap full vit": ("vit", ActivationPrompting(site="blocks.1:input"), "adamw"),
+    "ap full vit sgd": ("vit", ActivationPrompting(site="blocks.1:input"), "sgd"),
+    "ap channel resnet": ("resnet", ActivationPrompting(site="layer2.0:input", shape="channel"), "adamw"),
+    "ap inside a branch": ("vit", ActivationPrompting(site="blocks.1.norm1:output"), "sgd"),
+    "ap absolute": ("vit", ActivationPrompting(site="blocks.0:input", relative=False, rate=3.0), "sgd"),
+    "vp": ("resnet", ActivationPrompting(site=":input"), "sgd"),
+    "norm vit": ("vit", NormTuning(site="blocks.1:input"), "adamw"),
+    "gamma resnet": ("resnet", NormTuning(site="layer2.0:input", parameters="gamma"), "sgd"),
+    "beta vit": ("vit", NormTuning(site="blocks.2:output", parameters="beta"), "sgd"),
+    "linear vit": ("vit", LinearProbe(), "adamw"),
+    "linear sgd": ("resnet", LinearProbe(), "sgd"),
+    "site probe vit": ("vit", LinearProbe(site="blocks.1:input"), "sgd"),
+    "site probe resnet": ("resnet", LinearProbe(site="layer2.0:input"), "adamw"),
+    "full vit": ("vit", FullFineTuning(), "sgd"),
+    "full resnet": ("resnet", FullFineTuning(), "adamw"),
+}
+
+
+@pytest.mark.parametrize("case", PLAIN)
+def test_the_bundled_cached_loop_is_the_plain_loop(case: str, task: tasks.Task):
+    family, method, optimizer = PLAIN[case]
+    backbone = tiny.backbone(family)
+    recipe = replace(RECIPE, optimizer=optimizer)
+    rates = (2e-2, 5e-3) if optimizer == "adamw" else (5e-2, 1e-2)
+    bundle = [Configuration(learning_rate=r, weight_decay=1e-2, seed=s) for s, r in enumerate(rates)]
+    fits = training.fit(backbone, task, method, bundle, recipe)
+    evaluations = training.evaluate(task, fits)
+    for fit, evaluation, configuration in zip(fits, evaluations, bundle, strict=True):
+        plain = reference.fit(backbone, task, method, configuration, recipe)
+        assert fit.train_curve == pytest.approx(plain.train_curve, rel=1e-3, abs=1e-4)
+        assert fit.train_curve[-1] < fit.train_curve[0]
+        assert fit.validation_curve == pytest.approx(plain.validation_curve, abs=1e-4)
+        assert fit.epoch == plain.epoch
+        assert fit.validation_accuracy == pytest.approx(plain.validation_accuracy, abs=1e-4)
+        assert fit.validation_loss == pytest.approx(plain.validation_loss, rel=2e-3)
+        assert torch.equal(evaluation.correct, plain.correct)
+        assert evaluation.accuracy == pytest.approx(100 * plain.correct.float().mean().item(), abs=1e-4)
+        if plain.prompt is not None:
+            torch.testing.assert_close(fit.state["edits.prompt.values"][0], plain.prompt, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_the_optimizer_is_that_of_torch(optimizer: str):
+    """Two configurations with their own rate and decay, against torch.optim with a cosine after warm-up."""
+    recipe = Recipe(optimizer=optimizer, warmup=0.25)
+    configurations = [Configuration(learning_rate=0.1, weight_decay=0.3), Configuration(learning_rate=0.02)]
+    method = ActivationPrompting(site="blocks.1:input", rate=4.0)
+    edit = methods.Shift(2, (3, 5))
+    body = methods.Body(nn.Identity(), nn.Identity(), nn.ModuleDict({"prompt": edit}))
+    linear = heads.LinearHeads(2, 5, 3, [torch.Generator().manual_seed(k) for k in range(2)])
+    with torch.no_grad():
+        edit.values.normal_(generator=torch.Generator().manual_seed(7))
+    plain = [[nn.Parameter(p[k].detach().clone()) for p in (edit.values, linear.weight, linear.bias)] for k in range(2)]
+    own = training._Optimizer(body, linear, method, configurations, recipe)
+    theirs, schedulers = [], []
+    for c, (values, weight, bias) in zip(configurations, plain, strict=True):
+        groups = [{"params": [values], "lr": 4 * c.learning_rate}, {"params": [weight, bias], "lr": c.learning_rate}]
+        theirs.append(reference.make_optimizer(groups, c.weight_decay, recipe))
+        lambda_ = lambda step: reference.schedule((step + 1) / 12, 0.25)  # noqa: E731
+        schedulers.append(torch.optim.lr_scheduler.LambdaLR(theirs[-1], lambda_))
+    for step in range(12):
+        random = torch.Generator().manual_seed(step)
+        for index, parameter in enumerate((edit.values, linear.weight, linear.bias)):
+            parameter.grad = torch.randn(parameter.shape, generator=random)
+            for k in range(2):
+                plain[k][index].grad = parameter.grad[k].clone()
+        own.step((step + 1) / 12)
+        for one, scheduler in zip(theirs, schedulers, strict=True):
+            one.step()
+            scheduler.step()
+        for k in range(2):
+            for parameter, expected in zip((edit.values, linear.weight, linear.bias), plain[k], strict=True):
+                torch.testing.assert_close(parameter[k], expected, rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------- bundles
+
+
+BUNDLE = [
+    Configuration(learning_rate=3e-2, weight_decay=1e-3, seed=0),
+    Configuration(learning_rate=1e-3, seed=0),
+    Configuration(learning_rate=3e-2, seed=1),
+    Configuration(learning_rate=1e-2, weight_decay=0.1, seed=5),
+]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+def test_a_bundle_gives_each_configuration_the_result_it_gets_alone(family: str, optimizer: str, task: tasks.Task):
+    method = ActivationPrompting(site=SITE[family])
+    recipe = replace(RECIPE, optimizer=optimizer)
+    together = training.fit(tiny.backbone(family), task, method, BUNDLE, recipe)
+    evaluations = training.evaluate(task, together)
+    for configuration, fit, evaluation in zip(BUNDLE, together, evaluations, strict=True):
+        (alone,) = training.fit(tiny.backbone(family), task, method, [configuration], recipe)
+        assert_same_fit(fit, alone)
+        assert torch.equal(training.evaluate(task, [alone])[0].correct, evaluation.correct)
+
+
+@pytest.mark.parametrize("method", [NormTuning(site="blocks.1:input"), FullFineTuning(), LinearProbe()])
+def test_other_methods_bundle_as_well(method: Method, task: tasks.Task):
+    recipe = replace(RECIPE, optimizer="sgd")
+    together = training.fit(tiny.backbone("vit"), task, method, BUNDLE[::2], recipe)
+    for configuration, fit in zip(BUNDLE[::2], together, strict=True):
+        assert_same_fit(fit, training.fit(tiny.backbone("vit"), task, method, [configuration], recipe)[0])
+
+
+def test_a_diverging_configuration_leaves_its_bundle_alone(task: tasks.Task):
+    method = ActivationPrompting(site="blocks.1:input")
+    recipe = replace(RECIPE, optimizer="sgd")
+    wild = Configuration(learning_rate=1e30)
+    lost, fine = training.fit(tiny.backbone("vit"), task, method, [wild, BUNDLE[0]], recipe)
+    assert not all(map(math.isfinite, lost.train_curve))
+    assert_same_fit(fine, training.fit(tiny.backbone("vit"), task, method, [BUNDLE[0]], recipe)[0])
+    assert training.choose([lost, fine]) is fine
+
+
+def test_no_finite_loss_at_all_is_an_error(task: tasks.Task):
+    wild = [Configuration(learning_rate=1e30), Configuration(learning_rate=1e35)]
+    recipe = replace(RECIPE, optimizer="sgd")
+    with pytest.raises(ValueError, match=r"learning rates 1e\+30, 1e\+35.*finite loss; choose lower rates"):
+        training.fit(tiny.backbone("vit"), task, ActivationPrompting(site="blocks.1:input"), wild, recipe)
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+def test_the_cache_changes_nothing(family: str, task: tasks.Task):
+    for method in (ActivationPrompting(site=SITE[family]), FixedPrompt(site=SITE[family], norm=5.0), LinearProbe()):
+        cached = training.fit(tiny.backbone(family), task, method, BUNDLE[:2], RECIPE)
+        plain = training.fit(tiny.backbone(family), task, method, BUNDLE[:2], replace(RECIPE, cache=False))
+        for one, other in zip(cached, plain, strict=True):
+            assert one.cache_bytes > 0 == other.cache_bytes
+            assert_same_fit(one, other)
+
+
+def test_the_cache_holds_every_image_once_and_its_bytes_are_counted(task: tasks.Task):
+    cache = training.PrefixCache()
+    method = ActivationPrompting(site="blocks.1.norm1:output")
+    (first,) = training.fit(tiny.backbone("vit"), task, method, BUNDLE[:1], RECIPE, cache=cache)
+    used = torch.cat([first.split.train, first.split.validation])
+    image = 2 * 17 * 32 * 4  # the norm's output and the skip beside it
+    assert first.cache_bytes == cache.num_bytes == len(used.unique()) * image
+    training.fit(tiny.backbone("vit"), task, method, BUNDLE[:1], RECIPE, cache=cache)
+    assert cache.num_bytes == first.cache_bytes
+    training.fit(tiny.backbone("vit"), task, method, BUNDLE[2:3], RECIPE, cache=cache)
+    other = task.split(1, RECIPE.num_train, RECIPE.num_validation)
+    assert cache.num_bytes == len(torch.cat([used, other.train, other.validation]).unique()) * image
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_cache_gives_the_prefix_of_each_image_in_any_order(family: str):
+    backbone, size = tiny.backbone(family), tiny.images(family, 1).shape[-1]
+    images = tiny.task(30, 6, size).train
+    prefix, suffix = sites.split(backbone, sites.list_sites(backbone)[2])
+    cache = training.PrefixCache()
+    cache.extend(backbone, prefix, images, torch.tensor([5, 1, 9, 1]), "float32")
+    cache.extend(backbone, prefix, images, torch.tensor([9, 20, 0]), "float32")
+    for chosen in ([20, 1, 1, 5], [0], [9, 5, 20]):
+        x = reference.normalized(backbone, images, torch.tensor(chosen))
+        crossing = cache.get(torch.tensor(chosen))
+        with torch.no_grad():
+            for z, expected in zip(crossing, prefix(x), strict=True):
+                torch.testing.assert_close(z, expected, rtol=2e-5, atol=2e-5)
+            torch.testing.assert_close(suffix(*crossing), backbone(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+def test_the_same_seed_gives_the_same_bits(family: str, task: tasks.Task):
+    method = ActivationPrompting(site=SITE[family])
+    first, second = (training.fit(tiny.backbone(family), task, method, BUNDLE, RECIPE) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert_same_fit(one, other, exact=True)
+
+
+def test_the_results_do_not_depend_on_the_state_of_the_process(task: tasks.Task):
+    method = ActivationPrompting(site="blocks.1:input")
+    (one,) = training.fit(tiny.backbone("vit"), task, method, BUNDLE[:1], RECIPE)
+    with torch.random.fork_rng():
+        torch.manual_seed(99)
+        before = torch.get_rng_state()
+        (other,) = training.fit(tiny.backbone("vit"), task, method, BUNDLE[:1], RECIPE)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert_same_fit(one, other, exact=True)
+
+
+def test_another_seed_gives_other_images_and_another_head(task: tasks.Task):
+    method = ActivationPrompting(site="blocks.1:input")
+    one, other = training.fit(tiny.backbone("vit"), task, method, BUNDLE[::2], RECIPE)
+    assert not torch.equal(one.split.train, other.split.train)
+    assert torch.equal(one.split.test, other.split.test)
+    assert not torch.equal(one.head.weight, other.head.weight)
+
+
+# ---------------------------------------------------------------------------------- what is trained
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spied(ActivationPrompting):
+    """Keeps the body that it builds, in a list so that the class stays frozen."""
+
+    seen: tuple[list, ...] = ([],)
+
+    def build(self, backbone: nn.Module, num: int) -> methods.Body:
+        body = super().build(backbone, num)
+        self.seen[0].append(body)
+        return body
+
+
+def test_only_prompt_and_head_receive_gradients(task: tasks.Task, monkeypatch: pytest.MonkeyPatch):
+    backbone, method = tiny.backbone("resnet"), Spied(site="layer2.0:input", seen=([],))
+    got: set[str] = set()
+    step = training._Optimizer.step
+
+    def spy(self: training._Optimizer, progress: float) -> None:
+        got.update(name for name, p in backbone.named_parameters() if p.grad is not None)
+        got.update(str(tuple(p.shape)) for p, _, _ in self.parameters if p.grad is not None)
+        step(self, progress)
+
+    monkeypatch.setattr(training._Optimizer, "step", spy)
+    before = backbones.digest(backbone)
+    training.fit(backbone, task, method, BUNDLE[:2], RECIPE)
+    assert got == {"(2, 8, 8, 8)", "(2, 32, 3)", "(2, 1, 3)"}  # prompts, heads' weights and biases
+    (body,) = method.seen[0]
+    wanted = {name for name, p in body.suffix.named_parameters() if p.requires_grad}
+    assert wanted == {"edit_0.values"}
+    assert backbones.digest(backbone) == before
+    assert all(p.grad is None and not p.requires_grad for p in backbone.parameters())
+
+
+@pytest.mark.parametrize("method", [FullFineTuning(), NormTuning(site="layer2.0:input"), LinearProbe()])
+def test_no_method_changes_the_backbone(method: Method, task: tasks.Task):
+    backbone = tiny.backbone("resnet")
+    before = backbones.digest(backbone)
+    fits = training.fit(backbone, task, method, BUNDLE[:2], RECIPE)
+    training.evaluate(task, fits)
+    assert backbones.digest(backbone) == before
+    assert all(p.grad is None and not p.requires_grad for p in backbone.parameters())
+    assert not backbone.training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vandal(ActivationPrompting):
+    def build(self, backbone: nn.Module, num: int) -> methods.Body:
+        body = super().build(backbone, num)
+        bias = next(p for name, p in backbone.named_parameters() if name == "norm.bias")
+        body.prefix.register_forward_hook(lambda *_: bias.data.add_(1e-3))
+        return body
+
+
+def test_a_backbone_that_changed_is_noticed(task: tasks.Task):
+    backbone = tiny.backbone.__wrapped__("vit")  # its own copy, since it gets damaged
+    with pytest.raises(RuntimeError, match="the frozen backbone changed during training"):
+        training.fit(backbone, task, Vandal(site="blocks.1:input"), BUNDLE[:1], RECIPE)
+
+
+def test_a_frozen_head_stays_at_the_weights_it_is_given(task: tasks.Task):
+    backbone = tiny.backbone("vit")
+    probes = training.fit(backbone, task, LinearProbe(), BUNDLE[:2], RECIPE)
+    method = ActivationPrompting(site="blocks.1:input", head="frozen")
+    fits = training.fit(backbone, task, method, BUNDLE[:2], RECIPE, heads=probes)
+    for fit, probe in zip(fits, probes, strict=True):
+        for name in ("heads.weight", "heads.bias", "heads.unit"):
+            assert torch.equal(fit.state[name], probe.state[name])
+        assert fit.prompt.delta.abs().sum() > 0
+    trained = training.fit(backbone, task, replace(method, head="trained"), BUNDLE[:2], RECIPE)
+    assert not torch.equal(trained[0].state["heads.weight"], probes[0].state["heads.weight"])
+
+
+@pytest.mark.parametrize("num", [0, 1])
+def test_a_frozen_head_needs_a_fit_for_each_configuration(num: int, task: tasks.Task):
+    backbone = tiny.backbone("vit")
+    probes = training.fit(backbone, task, LinearProbe(), BUNDLE[:1], RECIPE)[:num] or None
+    method = ActivationPrompting(site="blocks.1:input", head="frozen")
+    with pytest.raises(ValueError, match="needs heads=, one fit for each of the 2 configurations"):
+        training.fit(backbone, task, method, BUNDLE[:2], RECIPE, heads=probes)
+
+
+# ---------------------------------------------------------------------------------- choice and test part
+
+
+class Sealed(tasks.Images):
+    """Labels can be read, since a split is stratified by them; a look at the pixels is an error."""
+
+    @property
+    def pixels(self) -> Tensor:
+        raise AssertionError("the test part was looked at")
+
+    def __init__(self, labels: Tensor) -> None:
+        object.__setattr__(self, "labels", labels)
+
+
+def test_fitting_and_tuning_never_look_at_the_test_part(task: tasks.Task):
+    sealed = tiny.task(60, 30)
+    object.__setattr__(sealed, "test", Sealed(task.test.labels.flip(0)))
+    with pytest.raises(AssertionError, match="looked at"):
+        _ = sealed.test.pixels
+    method = ActivationPrompting(site="blocks.1:input")
+    (fit,) = training.fit(tiny.backbone("vit"), task, method, BUNDLE[:1], RECIPE)
+    (blind,) = training.fit(tiny.backbone("vit"), sealed, method, BUNDLE[:1], RECIPE)
+    assert_same_fit(fit, blind, exact=True)
+    tuned = training.tune(tiny.backbone("vit"), task, method, RECIPE, (3e-3, 3e-2), (0, 1))
+    blind_tuned = training.tune(tiny.backbone("vit"), sealed, method, RECIPE, (3e-3, 3e-2), (0, 1))
+    for one, other in zip(tuned, blind_tuned, strict=True):
+        assert_same_fit(one, other, exact=True)
+    with pytest.raises(AssertionError, match="looked at"):
+        training.evaluate(sealed, [blind])
+
+
+def test_train_and_validation_labels_do_decide(task: tasks.Task):
+    """The twin of the test above: what must be seen is seen."""
+    labels = task.train.labels.clone()
+    swapped = replace(task, train=tasks.Images(task.train.pixels.flip(0), labels))
+    (one,) = training.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[:1], RECIPE)
+    (other,) = training.fit(tiny.backbone("vit"), swapped, LinearProbe(), BUNDLE[:1], RECIPE)
+    assert one.train_curve != other.train_curve
+
+
+def test_validation_chooses_the_epoch(task: tasks.Task):
+    """Highest accuracy; among equals the lowest loss. The kept state has that accuracy when asked again."""
+    recipe = replace(RECIPE, num_epochs=8, optimizer="sgd")
+    bundle = [Configuration(learning_rate=rate, seed=seed) for rate in (0.3, 3e-3) for seed in (0, 1)]
+    backbone = tiny.backbone("vit")
+    fits = training.fit(backbone, task, ActivationPrompting(site="blocks.1:input"), bundle, recipe)
+    assert len({fit.epoch for fit in fits}) > 1
+    for fit in fits:
+        assert fit.validation_accuracy == max(fit.validation_curve) == fit.validation_curve[fit.epoch - 1]
+        x = reference.normalized(backbone, task.train, fit.split.validation)
+        labels = task.train.labels[fit.split.validation]
+        with torch.no_grad():
+            logits = fit.model(x)
+        assert 100 * float((logits.argmax(1) == labels).float().mean()) == pytest.approx(fit.validation_accuracy)
+        assert float(nn.functional.cross_entropy(logits, labels)) == pytest.approx(fit.validation_loss, rel=1e-3)
+
+
+def test_choose_takes_the_highest_accuracy_and_breaks_ties_by_loss(task: tasks.Task):
+    (fit,) = training.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[:1], RECIPE)
+    a = replace(fit, validation_accuracy=50.0, validation_loss=0.1)
+    b = replace(fit, validation_accuracy=60.0, validation_loss=0.9)
+    c = replace(fit, validation_accuracy=60.0, validation_loss=0.8)
+    assert training.choose([a, b, c]) is c
+    assert training.choose([c, b, a]) is c
+
+
+@pytest.fixture
+def tuned_rates(task: tasks.Task, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """`tune` with a `fit` that only says how good each rate is: best at `peak`, falling off on both sides."""
+    (template,) = training.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[:1], RECIPE)
+    calls: dict = {"bundles": [], "heads": [], "peak": 1.0}
+
+    def fake(backbone, task, method, configurations, recipe, *, heads=None, cache=None):  # type: ignore[no-untyped-def]
+        calls["bundles"].append([(c.learning_rate, c.seed) for c in configurations])
+        calls["heads"].append(heads)
+        score = [90 - 10 * abs(math.log2(c.learning_rate / calls["peak"])) for c in configurations]
+        return [
+            replace(template, configuration=c, validation_accuracy=s)
+            for c, s in zip(configurations, score, strict=True)
+        ]
+
+    monkeypatch.setattr(training, "fit", fake)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("peak", "extensions", "chosen"),
+    [
+        (2.0, [], 2.0),  # inside: nothing is added
+        (1.0, [0.5], 1.0),  # best at the edge: one more, which is worse
+        (0.5, [0.5, 0.25], 0.5),
+        (2.0**-6, [0.5, 0.25], 0.25),  # out of reach: stops after two
+        (8.0, [8.0, 16.0], 8.0),
+        (2.0**9, [8.0, 16.0], 16.0),
+    ],
+)
+def test_a_choice_at_the_edge_extends_the_grid_by_its_ratio(
+    peak: float, extensions: list[float], chosen: float, tuned_rates: dict, task: tasks.Task
+):
+    tuned_rates["peak"] = peak
+    fits = training.tune(tiny.backbone("vit"), task, LinearProbe(), RECIPE, (4.0, 1.0, 2.0), (3, 4, 5))
+    first, *more, last = tuned_rates["bundles"]
+    assert first == [(1.0, 3), (2.0, 3), (4.0, 3)]
+    assert more == [[(rate, 3)] for rate in extensions]
+    assert last == [(chosen, 4), (chosen, 5)]
+    assert [fit.configuration for fit in fits] == [Configuration(learning_rate=chosen, seed=s) for s in (3, 4, 5)]
+
+
+def test_a_grid_of_one_rate_is_not_extended(tuned_rates: dict, task: tasks.Task):
+    (fit,) = training.tune(tiny.backbone("vit"), task, LinearProbe(), RECIPE, (0.1,), (0,))
+    assert tuned_rates["bundles"] == [[(0.1, 0)]]
+    assert fit.configuration.learning_rate == 0.1
+
+
+def test_each_seed_gets_its_own_frozen_head(tuned_rates: dict, task: tasks.Task):
+    (probe,) = training.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[:1], RECIPE)
+    probes = [replace(probe, configuration=Configuration(seed=seed)) for seed in (0, 1, 2)]
+    tuned_rates["heads"].clear()
+    tuned_rates["peak"] = 2.0
+    method = ActivationPrompting(site="blocks.1:input", head="frozen")
+    training.tune(tiny.backbone("vit"), task, method, RECIPE, (1.0, 2.0, 4.0), (0, 1, 2), heads=probes)
+    assert [[fit.configuration.seed for fit in given] for given in tuned_rates["heads"]] == [[0, 0, 0], [1, 2]]
+
+
+def test_tuned_fits_are_those_of_the_chosen_rate(task: tasks.Task):
+    method = ActivationPrompting(site="blocks.1:input")
+    fits = training.tune(tiny.backbone("vit"), task, method, RECIPE, (3e-3, 1e-2, 3e-2), (0, 1))
+    assert [fit.configuration.seed for fit in fits] == [0, 1]
+    assert len({fit.configuration.learning_rate for fit in fits}) == 1
+    for fit in fits:
+        assert_same_fit(fit, training.fit(tiny.backbone("vit"), task, method, [fit.configuration], RECIPE)[0])
+
+
+# ---------------------------------------------------------------------------------- memory, determinism, precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hungry(ActivationPrompting):
+    most: int = 1  # configurations that fit
+    error: type[Exception] = MemoryError
+    message: str = "out of memory"
+
+    def build(self, backbone: nn.Module, num: int) -> methods.Body:
+        if num > self.most:
+            raise self.error(self.message)
+        return super().build(backbone, num)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError, "no memory"),
+        (torch.OutOfMemoryError, "CUDA out of memory"),
+        (RuntimeError, "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+    ],
+)
+def test_a_bundle_that_does_not_fit_memory_is_halved_and_gives_the_same(
+    error: type[Exception], message: str, task: tasks.Task
+):
+    hungry = Hungry(site="blocks.1:input", most=1, error=error, message=message)
+    with pytest.warns(UserWarning, match="bundle of . configurations does not fit the memory .*; halved") as caught:
+        fits = training.fit(tiny.backbone("vit"), task, hungry, BUNDLE[:3], RECIPE)
+    assert [str(warning.message)[12] for warning in caught] == ["3", "2"]
+    assert [fit.configuration for fit in fits] == BUNDLE[:3]
+    whole = training.fit(tiny.backbone("vit"), task, ActivationPrompting(site="blocks.1:input"), BUNDLE[:3], RECIPE)
+    for one, other in zip(fits, whole, strict=True):
+        assert_same_fit(one, other)
+
+
+def test_halving_keeps_each_configuration_with_its_head(task: tasks.Task):
+    probes = training.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[:3], RECIPE)
+    hungry = Hungry(site="blocks.1:input", head="frozen")
+    with pytest.warns(UserWarning, match="halved"):
+        fits = training.fit(tiny.backbone("vit"), task, hungry, BUNDLE[:3], RECIPE, heads=probes)
+    for fit, probe in zip(fits, probes, strict=True):
+        assert torch.equal(fit.state["heads.weight"], probe.state["heads.weight"])
+
+
+def test_a_single_configuration_that_does_not_fit_says_the_way_out(task: tasks.Task):
+    with pytest.raises(MemoryError, match=r"one configuration .* use a smaller recipe.batch_size \(now 16\)"):
+        training.fit(tiny.backbone("vit"), task, Hungry(site="blocks.1:input", most=0), BUNDLE[:1], RECIPE)
+
+
+def test_another_error_is_not_taken_for_want_of_memory(task: tasks.Task):
+    broken = Hungry(site="blocks.1:input", error=RuntimeError, message="shapes do not match")
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        training.fit(tiny.backbone("vit"), task, broken, BUNDLE[:2], RECIPE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking(ActivationPrompting):
+    answers: tuple[list, ...] = ([],)
+
+    def build(self, backbone: nn.Module, num: int) -> methods.Body:
+        self.answers[0].append(torch.are_deterministic_algorithms_enabled())
+        if self.rate < 0:
+            raise ZeroDivisionError
+        return super().build(backbone, num)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_determinism_is_asked_for_and_given_back(wanted: bool, task: tasks.Task):
+    recipe, method = replace(RECIPE, deterministic=wanted), Asking(site="blocks.1:input", answers=([],))
+    training.fit(tiny.backbone("vit"), task, method, BUNDLE[:1], recipe)
+    assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(ZeroDivisionError):
+        training.fit(tiny.backbone("vit"), task, replace(method, rate=-1.0), BUNDLE[:1], recipe)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert method.answers[0] == [wanted, wanted]
+
+
+def test_a_process_that_wants_determinism_keeps_it(task: tasks.Task):
+    method = Asking(site="blocks.1:input", answers=([],))
+    torch.use_deterministic_algorithms(True)
+    try:
+        training.fit(tiny.backbone("vit"), task, method, BUNDLE[:1], RECIPE)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert method.answers[0] == [True]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_precision_is_what_the_recipe_says(task: tasks.Task):
+    backbone, x = tiny.backbone("vit"), tiny.images("vit", 2)
+    for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        with torch.no_grad(), training.autocast(backbone, precision):
+            assert sites.capture(backbone, ["blocks.1.mlp.fc1"], x)["blocks.1.mlp.fc1"].dtype == dtype
+    recipe = replace(RECIPE, precision="bfloat16")
+    (rough,) = training.fit(backbone, task, ActivationPrompting(site="blocks.1:input"), BUNDLE[:1], recipe)
+    (fine,) = training.fit(backbone, task, ActivationPrompting(site="blocks.1:input"), BUNDLE[:1], RECIPE)
+    assert rough.train_curve == pytest.approx(fine.train_curve, rel=0.05)
+    assert rough.train_curve != fine.train_curve
+    assert all(value.dtype == torch.float32 for value in rough.state.values())
+
+
+# ---------------------------------------------------------------------------------- results
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+@pytest.mark.parametrize("shape", ["full", "channel"])
+def test_the_exported_model_predicts_what_evaluate_counts(family: str, shape: str, task: tasks.Task, tmp_path):
+    backbone = tiny.backbone(family)
+    method = ActivationPrompting(site=SITE[family], shape=shape)
+    fits = training.fit(backbone, task, method, BUNDLE[:3], RECIPE)
+    for fit, evaluation in zip(fits, training.evaluate(task, fits), strict=True):
+        x = reference.normalized(backbone, task.test, fit.split.test)
+        labels = task.test.labels[fit.split.test]
+        loaded = prompts.load(fit.save(tmp_path / "prompt.safetensors"), backbone)
+        with torch.no_grad():
+            logits = fit.model(x)
+            assert torch.equal(loaded(x), logits)
+        assert torch.equal(logits.argmax(1) == labels, evaluation.correct)
+        assert evaluation.accuracy == pytest.approx(100 * evaluation.correct.float().mean().item())
+
+
+def test_norms_are_in_the_units_of_the_activation(task: tasks.Task):
+    backbone = tiny.backbone("resnet")
+    for shape in ("full", "channel"):
+        method = ActivationPrompting(site="layer2.0:input", shape=shape)
+        (fit,) = training.fit(backbone, task, method, BUNDLE[:1], RECIPE)
+        z = reference.see(backbone, reference.normalized(backbone, task.train, fit.split.train), "layer2.0:input")
+        assert fit.prompt_norm == pytest.approx(float(fit.prompt.delta.expand(z.shape[1:]).norm()), rel=1e-5)
+        assert fit.relative_norm == pytest.approx(fit.prompt.relative_norm(z), rel=1e-4)
+        assert fit.prompt_norm > 0
+    (probe,) = training.fit(backbone, task, LinearProbe(), BUNDLE[:1], RECIPE)
+    assert probe.prompt_norm == probe.relative_norm == 0
+
+
+def test_a_fit_without_a_prompt_says_so(task: tasks.Task):
+    (probe,) = training.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[:1], RECIPE)
+    with pytest.raises(ValueError, match="the method 'linear' has no prompt"):
+        _ = probe.model
+
+
+def test_the_last_batch_may_be_smaller_and_every_image_is_seen_once_an_epoch(task: tasks.Task):
+    recipe = replace(RECIPE, num_train=37, batch_size=10, num_epochs=1)
+    seen: list[int] = []
+    orders = training._order(torch.arange(37), 3, 0), training._order(torch.arange(37), 3, 1)
+    assert sorted(orders[0].tolist()) == sorted(orders[1].tolist()) == list(range(37))
+    assert orders[0].tolist() != orders[1].tolist()
+    (fit,) = training.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[:1], recipe)
+    plain = reference.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[0], recipe)
+    assert len(fit.split.train) == 37
+    assert fit.train_curve == pytest.approx(plain.train_curve, rel=1e-4)
+    assert not seen
+
+
+def test_all_images_are_used_when_no_number_is_given(task: tasks.Task):
+    recipe = replace(RECIPE, num_train=None, num_validation=6, num_test=None, num_epochs=1)
+    (fit,) = training.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[:1], recipe)
+    assert (len(fit.split.train), len(fit.split.validation), len(fit.split.test)) == (54, 6, 30)
+
+
+def test_a_class_missing_from_train_is_an_error(task: tasks.Task):
+    with pytest.raises(ValueError, match="raise num_train"):
+        training.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[:1], replace(RECIPE, num_train=2))
+
+
+def test_defaults_are_one_configuration_and_the_default_recipe():
+    backbone, task = tiny.backbone("vit"), tiny.task(24, 6)
+    (fit,) = training.fit(backbone, task, LinearProbe(), recipe=replace(RECIPE, num_epochs=1, num_validation=6))
+    assert fit.configuration == Configuration()
