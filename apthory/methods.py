@@ -6,6 +6,8 @@ given stacks the configurations' examples one after the other.
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -24,11 +26,17 @@ class Body:
     suffix: nn.Module  # tensors for the stacked configurations -> features
     edits: nn.ModuleDict  # the trainable parts, by name; their parameters are stacked by configuration
 
-    def calibrate(self, crossing: Float[Tensor, "num batch *unit"]) -> None:
-        """Tell the edits at the cut how large the activations are that they edit."""
-        for edit in self.edits.values():
-            if isinstance(edit, Shift) and edit.relative:
-                edit.unit.copy_(rms(crossing).view(edit.unit.shape))
+    @contextmanager
+    def calibrating(self) -> Iterator[None]:
+        """While this lasts, prompts note how large the activations are that they see."""
+        shifts = [edit for edit in self.edits.values() if isinstance(edit, Shift)]
+        for shift in shifts:
+            shift.is_calibrating = True
+        try:
+            yield
+        finally:
+            for shift in shifts:
+                shift.is_calibrating = False
 
 
 class Shift(nn.Module):
@@ -44,13 +52,25 @@ class Shift(nn.Module):
     def __init__(self, num: int, shape: tuple[int, ...], relative: bool = True) -> None:
         super().__init__()
         self.relative = relative
+        self.is_calibrating = False
         self.unit: Tensor
+        self.activation_norm: Tensor
         self.values = nn.Parameter(torch.zeros(num, *shape))
         self.register_buffer("unit", torch.ones(num, *(1 for _ in shape)))
+        self.register_buffer("activation_norm", torch.ones(num))  # mean Euclidean norm of the activations
 
     def forward(self, z: Float[Tensor, "stack *unit"]) -> Float[Tensor, "stack *unit"]:
+        by_configuration = z.unflatten(0, (len(self.values), -1))
+        if self.is_calibrating:
+            self._calibrate(by_configuration)
         delta = (self.unit * self.values).to(z.dtype).unsqueeze(1)
-        return (z.unflatten(0, (len(delta), -1)) + delta).flatten(0, 1)
+        return (by_configuration + delta).flatten(0, 1)
+
+    @torch.no_grad()
+    def _calibrate(self, z: Float[Tensor, "num batch *unit"]) -> None:
+        self.activation_norm.copy_(z.float().flatten(2).norm(dim=2).mean(1))
+        if self.relative:
+            self.unit.copy_(rms(z).view(self.unit.shape))
 
 
 class Affine(nn.Module):

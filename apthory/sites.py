@@ -56,12 +56,17 @@ def list_sites(backbone: nn.Module, kind: Literal["block", "norm"] = "block") ->
             gives the output of the affine map of every normalization layer; where timm fuses an activation into
             the layer, that is the place just before the activation.
     """
-    trace = _Trace(backbone)
+    try:
+        trace = _Trace(backbone)
+        called, canonical = trace.modules, trace.canonical
+    except UntraceableError:  # modules in the order of their definition, and names as they are
+        called, canonical = [name for name, _ in backbone.named_modules()], partial(_named, backbone)
     if kind == "norm":
-        return [trace.canonical(affine_output(backbone, name)) for name in trace.modules if _is_norm(backbone, name)]
-    blocks = [name for name in trace.modules if name in set(_blocks(backbone))]
+        return [canonical(affine_output(backbone, name)) for name in called if _is_norm(backbone, name)]
+    units = set(_blocks(backbone))
+    blocks = [name for name in called if name in units]
     if not blocks:
-        return [":input", trace.canonical(":output")]
+        return [":input", canonical(":output")]
     return [":input", *(f"{name}:input" for name in blocks), f"{blocks[-1]}:output"]
 
 
@@ -71,7 +76,11 @@ def resolve(backbone: nn.Module, site: str) -> str:
     Raises:
         ValueError: If the backbone has no such site; the nearest names are suggested.
     """
-    return _Trace(backbone).canonical(_named(backbone, site))
+    site = _named(backbone, site)
+    try:
+        return _Trace(backbone).canonical(site)
+    except UntraceableError:
+        return site
 
 
 def site_shape(backbone: nn.Module, site: str, example: Tensor | None = None) -> tuple[int, ...]:
@@ -80,15 +89,20 @@ def site_shape(backbone: nn.Module, site: str, example: Tensor | None = None) ->
     Args:
         example: One image batch, for backbones that do not carry a timm data configuration.
     """
-    trace = _Trace(backbone)
-    node = trace.marks[trace.known(_named(backbone, site))]
-    return tuple(trace.propagate(_example(backbone, 2, example))[node].shape[1:])
+    x = _example(backbone, 2, example)
+    try:
+        trace = _Trace(backbone)
+    except UntraceableError:
+        with torch.no_grad():
+            return tuple(capture(backbone, [site], x)[site].shape[1:])
+    return tuple(trace.propagate(x)[trace.marks[trace.known(_named(backbone, site))]].shape[1:])
 
 
 def channel_axis(backbone: nn.Module, site: str, example: Tensor | None = None) -> int:
     """Which axis of the activation counts channels (negative, from the end).
 
-    Read off the graph: the layer that makes the activation decides, else the first layers that consume it.
+    Read off the graph: the layer that makes the activation decides, else the first layer that consumes it, else
+    the last one on the way to it.
     """
     trace = _Trace(backbone)
     node = trace.marks[trace.known(_named(backbone, site))]
@@ -96,7 +110,7 @@ def channel_axis(backbone: nn.Module, site: str, example: Tensor | None = None) 
     source = node
     while source.target is _mark:
         source = source.args[0]
-    for candidate in (source, *_downstream(node)):
+    for candidate in (source, *_downstream(node), *_upstream(node)):
         match _layout(trace.root, candidate):
             case "first":
                 return -rank
@@ -135,6 +149,8 @@ def capture(backbone: nn.Module, sites: Sequence[str], x: Float[Tensor, "batch *
 
     with edited(backbone, {site: partial(keep, site) for site in sites}):
         backbone(x)
+    if missing := [site for site in sites if site not in seen]:
+        raise ValueError(f"the backbone never calls the module of site {missing[0]!r}; choose one that it calls")
     return {site: seen[site] for site in sites}
 
 
@@ -351,12 +367,9 @@ class _Trace:
                 new[node] = suffix.node_copy(node, new.__getitem__)
             if node in by_mark:
                 edit = by_mark[node]
-                if isinstance(edit, nn.Module):
-                    key = f"edit_{len(modules)}"
-                    modules[key] = edit
-                    new[node] = suffix.call_module(key, (new[node],))
-                else:
-                    new[node] = suffix.call_function(edit, (new[node],))
+                key = f"edit_{len(modules)}"
+                modules[key] = edit if isinstance(edit, nn.Module) else _Edit(edit)
+                new[node] = suffix.call_module(key, (new[node],))
         return _module(self.root, prefix, {}), _module(self.root, suffix, modules)
 
 
@@ -406,6 +419,17 @@ def _size_rule(node: fx.Node, two: Any, three: Any, site_batch: int) -> Callable
 
 def _constant(value: Any) -> Any:
     return value
+
+
+class _Edit(nn.Module):
+    """Any callable as a module, since torch.fx cannot write down partials and bound methods."""
+
+    def __init__(self, function: Edit) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.function(z)
 
 
 class _Identity(nn.Module):
@@ -480,6 +504,18 @@ def _downstream(node: fx.Node) -> list[fx.Node]:
         if user not in found:
             found[user] = None
             queue.extend(user.users)
+    return list(found)
+
+
+def _upstream(node: fx.Node) -> list[fx.Node]:
+    """All nodes on which this one depends, nearest first."""
+    found: dict[fx.Node, None] = {}
+    queue = list(node.all_input_nodes)
+    while queue:
+        source = queue.pop(0)
+        if source not in found:
+            found[source] = None
+            queue.extend(source.all_input_nodes)
     return list(found)
 
 

@@ -74,14 +74,14 @@ STUDIES: dict[str, dict[str, Study]] = {
         ),
     },
     "small": {
-        "S": Study(protocol=Protocol(recipe=training.Recipe(), control_seeds=(0,)), norm_every=2, frozen_every=4),
+        "S": Study(protocol=Protocol(recipe=training.Recipe(), control_seeds=(0,)), norm_every=2, frozen_every=8),
         "mobilenet": Study(
             protocol=Protocol(recipe=training.Recipe(), control_seeds=(0,)),
             backbones=(MOBILENET,),
             tasks=("dtd10", "pacs", "caltech101"),
             last_sites=9,
-            norm_every=2,
-            frozen_every=4,
+            norm_every=4,
+            frozen_every=8,
             full=False,
         ),
     },
@@ -237,7 +237,7 @@ def table(cells: Iterable[records.Record]) -> pd.DataFrame:
     """One row for each cell and seed.
 
     Columns: backbone, task, method, site, depth (0 at the input, 1 at the last site), seed, accuracy in percent,
-    correct (by test image), validation_accuracy, learning_rate, relative_norm, seconds of the bundle, key of the record.
+    correct (by test image), validation_accuracy, learning_rate, relative_norm, seconds of the bundle, record's key.
     """
     rows = []
     for record in cells:

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from apthory import backbones, prompts
+from apthory import backbones, prompts, sites
 from apthory.heads import LinearHeads
 from apthory.methods import Body, Method, rms
 from apthory.progress import progress
@@ -303,7 +303,7 @@ def _fit_or_halve(
         if len(configurations) == 1:
             raise MemoryError(
                 f"one configuration of {method} does not fit the memory; use a smaller recipe.batch_size "
-                f"(now {recipe.batch_size}) or fewer training images"
+                f"(now {recipe.batch_size}), fewer training images, or recipe.cache=False"
             ) from error
         reason = str(error).splitlines()[0]
     half = len(configurations) // 2
@@ -406,14 +406,11 @@ class Bundle:
         """Initial heads, and the scale of activations and features on some training images."""
         num = len(self.configurations)
         crossing = self.source(torch.cat([split.train[:_CALIBRATION] for split in self.splits]))
-        with torch.no_grad(), autocast(self.backbone, self.recipe.precision):
-            self.body.calibrate(crossing[0].unflatten(0, (num, -1)))
+        with torch.no_grad(), autocast(self.backbone, self.recipe.precision), self.body.calibrating():
             features = self.body.suffix(*crossing).float()
         generators = [torch.Generator().manual_seed(c.seed) for c in self.configurations]
         heads = LinearHeads(num, features.shape[1], len(self.task.classes), generators).to(self.device)
         heads.unit.copy_(rms(features.unflatten(0, (num, -1))).view(-1, 1, 1))
-        self.unit_shape = tuple(crossing[0].shape[1:])
-        self.site_norms = crossing[0].float().flatten(1).norm(dim=1).view(num, -1).mean(1).tolist()
         return heads
 
 
@@ -450,7 +447,7 @@ def _fit(
         raise ValueError(f"no configuration (learning rates {rates}) ever had a finite loss; choose lower rates")
 
     def result(k: int) -> Fit:
-        norm = _prompt_norm(states[k], bundle.unit_shape)
+        norm, relative_norm = _prompt_norm(states[k], backbone, method)
         return Fit(
             backbone=backbone,
             method=method,
@@ -463,7 +460,7 @@ def _fit(
             validation_curve=tuple(curves[k][1]),
             train_curve=tuple(curves[k][0]),
             prompt_norm=norm,
-            relative_norm=norm / bundle.site_norms[k],
+            relative_norm=relative_norm,
             cache_bytes=bundle.cache_bytes,
             state=states[k],
         )
@@ -569,11 +566,13 @@ def losses(logits: Float[Tensor, "num batch class"], labels: Int64[Tensor, "num 
     return by_example.view_as(labels).mean(1)
 
 
-def _prompt_norm(state: dict[str, Tensor], unit_shape: tuple[int, ...]) -> float:
+def _prompt_norm(state: dict[str, Tensor], backbone: nn.Module, method: Method) -> tuple[float, float]:
+    """Norm of the prompt over all units, and the same divided by the mean norm of the activations."""
     if "edits.prompt.values" not in state:
-        return 0.0
+        return 0.0, 0.0
     delta = state["edits.prompt.unit"][0] * state["edits.prompt.values"][0]
-    return float(delta.expand(unit_shape).norm())
+    norm = float(delta.expand(sites.site_shape(backbone, method.site)).norm())
+    return norm, norm / float(state["edits.prompt.activation_norm"])
 
 
 def normalized(

@@ -29,6 +29,7 @@ suite: str = "embedded"  # embedded: minutes, from scratch; small: real images, 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 
 from apthory import figures, notebooks, records, statistics, sweeps
 
@@ -105,15 +106,22 @@ with figures.theme(width=1.0, rows=1.4):
         rows = apart[apart["backbone"] == backbone]
         order = list(rows["site"].unique())
         grid = rows.pivot(index="task", columns="site", values="gain")[order]
-        picture = ax.imshow(grid, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
         stars = rows.pivot(index="task", columns="site", values="chosen_on_validation")[order].to_numpy()
-        for y, x in np.argwhere(stars):
-            ax.text(x, y, "*", ha="center", va="center")
         labels = [site.removesuffix(":input").removeprefix("blocks.") or "input" for site in order]
-        ax.set_xticks(range(len(order)), labels, rotation=90)
-        ax.set_yticks(range(len(grid)), grid.index if index == 0 else [])
-        ax.set(title=backbone, xlabel="site (input of the block)")
-    figure.colorbar(picture, ax=axes[0], label="minus linear probe (points)")
+        sns.heatmap(
+            grid,
+            cmap="RdBu_r",
+            vmin=-limit,
+            vmax=limit,
+            annot=np.where(stars, "*", ""),
+            fmt="",
+            xticklabels=labels,
+            yticklabels=index == 0,
+            cbar=index == len(backbones) - 1,
+            cbar_kws={"label": "minus linear probe (points)"},
+            ax=ax,
+        )
+        ax.set(title=backbone, xlabel="site (input of the block)", ylabel="")
     figures.save(figure, "03_tasks", made_from, apart.drop(columns="depth"), suite=suite)
 
 # %% [markdown]
