@@ -21,7 +21,8 @@ figure: venv ## compute one notebook of the embedded suite anew: make figure NAM
 
 small: venv ## run the small suite on the images in APTHORY_DATA; resumes where it was stopped
 	@test -d "$(APTHORY_DATA)" || { echo 'where are the images? make small APTHORY_DATA=folder' >&2; exit 2; }
-	APTHORY_DATA="$(APTHORY_DATA)" $(RUN) apthory run --suite small
+	APTHORY_DATA="$(abspath $(APTHORY_DATA))" APTHORY_WEIGHTS="$(abspath $(APTHORY_WEIGHTS))" \
+	  $(RUN) apthory run --suite small
 
 bench: venv ## measure the prefix cache against a frozen loop without it, side by side
 	$(RUN) apthory bench

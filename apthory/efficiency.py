@@ -38,15 +38,15 @@ def peak_memory(work: Callable[[], Any], device: torch.device | str = "cpu") -> 
 
 
 def interleaved_seconds(
-    works: Mapping[str, Callable[[], Any]], num_repeats: int = 7, device: torch.device | str = "cpu"
-) -> dict[str, list[float]]:
+    works: Mapping[Any, Callable[[], Any]], num_repeats: int = 7, device: torch.device | str = "cpu"
+) -> dict[Any, list[float]]:
     """Wall times of several pieces of work, taken in turns so that a drifting machine favours none.
 
     Every piece is run once more, beforehand, to warm up.
     """
     is_cuda = torch.device(device).type == "cuda"
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for repeat in range(num_repeats + 1):
+    times: dict[Any, list[float]] = {name: [] for name in works}
+    for repeat in progress(range(num_repeats + 1), desc="timings"):
         for name, work in works.items():
             if is_cuda:
                 torch.cuda.synchronize(device)
@@ -76,7 +76,7 @@ def measure_sites(
     last_sites: int | None = None,
     num_repeats: int = 7,
 ) -> dict[str, Any]:
-    """Costs of a training step with a prompt at every block site, and of inference, for random images.
+    """Costs of a step (loss and gradients) with a prompt at every block site, and of inference, for random images.
 
     Args:
         backbone: Arguments of `backbones.load`; weights do not matter, ``pretrained=False`` will do.
@@ -104,11 +104,13 @@ def measure_sites(
         forward_flops = count_flops(lambda: model(x)) // batch_size
     places = sites.list_sites(model)
     chosen = places if last_sites is None else [places[0], *places[-last_sites:]]
+    steps = {site: _Step(model, site, x, labels, num_classes, precision) for site in chosen}
+    works = {
+        (site, name): getattr(step, name) for site, step in steps.items() for name in ("whole", "cached", "inference")
+    }
+    seconds = interleaved_seconds(works, num_repeats, device)  # sites as well, since they are compared
     rows = []
-    for site in progress(chosen, desc=f"costs of {backbone['name']}"):
-        step = _Step(model, site, x, labels, num_classes, precision)
-        works = {"whole": step.whole, "cached": step.cached, "inference": step.inference}
-        seconds = interleaved_seconds(works, num_repeats, device)
+    for site, step in progress(steps.items(), desc=f"costs of {backbone['name']}"):
         rows.append(
             {
                 "site": site,
@@ -120,9 +122,9 @@ def measure_sites(
                 "step_bytes": peak_memory(step.whole, device),
                 "cached_step_bytes": peak_memory(step.cached, device),
                 "cache_bytes_per_image": sum(z.numel() * z.element_size() for z in step.crossing) // batch_size,
-                "step_seconds": seconds["whole"],
-                "cached_step_seconds": seconds["cached"],
-                "inference_seconds": seconds["inference"],
+                "step_seconds": seconds[site, "whole"],
+                "cached_step_seconds": seconds[site, "cached"],
+                "inference_seconds": seconds[site, "inference"],
             }
         )
     return {"forward_flops": forward_flops, "sites": rows, "device": device_name(device)}

@@ -150,6 +150,8 @@ class LinearProbe:
     def build(self, backbone: nn.Module, num: int) -> Body:
         prefix, suffix = sites.split(backbone, self.site)
         if self.site != ":output":
+            if not sites.is_traceable(backbone):
+                raise ValueError(f"a probe at {self.site!r} needs a backbone that torch.fx can trace; probe ':output'")
             rank = len(sites.site_shape(backbone, self.site))
             prefix = _Pooled(prefix, sites.channel_axis(backbone, self.site) if rank > 1 else -1)
             suffix = nn.Identity()

@@ -38,7 +38,7 @@ class Record:
     """What one function returned for one configuration; ``record["accuracy"]`` reads a value."""
 
     key: str  # SHA-256 of name, version, config, data and weights
-    name: str  # the function, importable: "apthory.sweeps.run_bundle"
+    name: str  # the function, importable: "apthory.sweeps.run_cell"
     version: int  # raised by hand when the function's results change
     config: dict[str, Any]  # keyword arguments of the function
     data: str  # digest of the data, where the configuration only names it
@@ -200,6 +200,7 @@ def environment() -> dict[str, Any]:
         "processor": _processor(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads() if torch else None,
+        "bfloat16": bool(torch and (has_gpu or torch.cpu._is_avx512_bf16_supported())),
         "gpu": torch.cuda.get_device_name() if torch and has_gpu else None,
     }
 

@@ -144,6 +144,8 @@ def capture(backbone: nn.Module, sites: Sequence[str], x: Float[Tensor, "batch *
     seen: dict[str, Tensor] = {}
 
     def keep(site: str, z: Tensor) -> Tensor:
+        if site in seen:
+            raise ValueError(f"{site!r}: the backbone calls this module more than once, so the place is not unique")
         seen[site] = z.clone()  # a later layer may work in place on the tensor that it is given
         return z
 
@@ -165,7 +167,7 @@ def edited(backbone: nn.Module, edits: Mapping[str, Edit]) -> Iterator[nn.Module
             name, edge = _named(backbone, site).rsplit(":", 1)
             module = backbone.get_submodule(name)
             if edge == "input":
-                handle = module.register_forward_pre_hook(lambda _, args, edit=edit: (edit(args[0]), *args[1:]))
+                handle = module.register_forward_pre_hook(partial(_edit_input, site, edit))
             else:
                 handle = module.register_forward_hook(lambda _, args, output, edit=edit: edit(output))
             stack.callback(handle.remove)
@@ -470,6 +472,12 @@ def _named(backbone: nn.Module, site: str) -> str:
 def _nearest(names: Mapping[str, Any], name: str) -> str:
     near = difflib.get_close_matches(name, [known for known in names if known], n=3, cutoff=0.3)
     return f"did you mean {' or '.join(map(repr, near))}?" if near else "list_sites(backbone) names the usual ones"
+
+
+def _edit_input(site: str, edit: Edit, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not args:
+        raise ValueError(f"{site!r}: the module is called with keywords only, so its input is no site; use an output")
+    return edit(args[0]), *args[1:]
 
 
 def _defaults(backbone: nn.Module) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Intervals for paired comparisons: bootstrap over tasks, then seeds, then test images."""
+"""Intervals for paired comparisons: a bootstrap over tasks, seeds and test images."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,30 +33,83 @@ def paired_difference(first: pd.DataFrame, second: pd.DataFrame, *, num_draws: i
     cancels. The mean weighs tasks equally.
 
     Args:
-        first: Columns task, seed and correct (a boolean for each test image), one row for each pair.
+        first: Columns task, seed and correct (a number from 0 to 1 for each test image), one row for each pair.
         second: Likewise.
     """
     both = first.merge(second, on=["task", "seed"], suffixes=("_first", "_second"), validate="one_to_one")
     if both.empty:
         raise ValueError("the two tables share no task and seed; a paired comparison needs both on the same splits")
-    differences = [
-        [100.0 * (a.astype(float) - b) for a, b in zip(rows["correct_first"], rows["correct_second"], strict=True)]
+    gaps = [
+        np.stack(
+            [100.0 * (a.astype(float) - b) for a, b in zip(rows["correct_first"], rows["correct_second"], strict=True)]
+        )
         for _, rows in both.groupby("task", sort=True)
-    ]
-    value = float(np.mean([np.mean([seed_row.mean() for seed_row in task]) for task in differences]))
+    ]  # one (seed, image) table for each task
+    return _bootstrap([gap[None] for gap in gaps], lambda means: float(means[0]), num_draws, seed)
+
+
+def over_sites(
+    table: pd.DataFrame,
+    statistic: Callable[[np.ndarray, np.ndarray], float],
+    minus: pd.DataFrame | None = None,
+    *,
+    num_draws: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """Mean over tasks of a statistic of depth and accuracy over sites.
+
+    Args:
+        table: Columns task, site, depth, seed, correct: every seed of a task at every site.
+        statistic: Of the depths and the accuracies in percent, such as `spearman`.
+        minus: Another table on the same tasks, sites and seeds, whose statistic is subtracted.
+    """
+    tables = [table] if minus is None else [table, minus]
+    keys = ["task", "depth", "seed"]
+    ordered = [one.sort_values(keys) for one in tables]
+    for one in ordered[1:]:
+        if one[keys].to_numpy().tolist() != ordered[0][keys].to_numpy().tolist():
+            raise ValueError("the two tables differ in tasks, sites or seeds; compare them where both were run")
+    depth = np.sort(table["depth"].unique())
+    stacks = []
+    for task in ordered[0]["task"].unique():
+        several = [np.stack(list(one.loc[one["task"] == task, "correct"])) for one in ordered]
+        stacks.append(np.concatenate([100.0 * rows.reshape(len(depth), -1, rows.shape[1]) for rows in several]))
+
+    def difference(means: Float[np.ndarray, " sites"]) -> float:
+        values = [statistic(depth, part) for part in np.split(means, len(tables))]
+        return values[0] - sum(values[1:])
+
+    return _bootstrap(stacks, difference, num_draws, seed)
+
+
+def _bootstrap(
+    stacks: Sequence[Float[np.ndarray, "_site _seed _image"]],
+    statistic: Callable[[np.ndarray], float],
+    num_draws: int,
+    seed: int,
+) -> Estimate:
+    """Mean over tasks of a statistic of the site means, drawing tasks, then seeds, then test images anew.
+
+    All sites keep the same seeds and images in a draw. With few tasks percentiles are too narrow (with two of them
+    they end at the extremes), so the interval is the bootstrap's standard error, made unbiased for the number of
+    tasks, times Student's quantile.
+    """
+    num_tasks = len(stacks)
+    if num_tasks < 2:
+        raise ValueError(f"an interval over tasks needs at least two tasks, not {num_tasks}")
+    value = float(np.mean([statistic(stack.mean((1, 2))) for stack in stacks]))
     random = np.random.default_rng(seed)
     draws = np.empty(num_draws)
     for index in range(num_draws):
-        means = []
-        for task in random.integers(len(differences), size=len(differences)):
-            images = differences[task]
-            picked = random.integers(len(images), size=len(images))
-            # The same test images under every seed: they are drawn once for a task.
-            sample = random.integers(len(images[0]), size=len(images[0]))
-            means.append(np.mean([images[k][sample].mean() for k in picked]))
-        draws[index] = np.mean(means)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return Estimate(value=value, low=float(low), high=float(high))
+        values = []
+        for stack in (stacks[task] for task in random.integers(num_tasks, size=num_tasks)):
+            _, num_seeds, num_images = stack.shape
+            seeds = random.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds)) / num_seeds
+            images = random.multinomial(num_images, np.full(num_images, 1 / num_images)) / num_images
+            values.append(statistic(seeds @ (stack @ images).T))
+        draws[index] = np.mean(values)
+    reach = draws.std() * np.sqrt(num_tasks / (num_tasks - 1)) * stats.t.ppf(0.975, num_tasks - 1)
+    return Estimate(value=value, low=value - float(reach), high=value + float(reach))
 
 
 def matched(first: pd.DataFrame, second: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -82,18 +135,13 @@ def ratio(above: Sequence[float], below: Sequence[float], *, num_draws: int = 50
     return Estimate(value=value, low=min(float(low), value), high=max(float(high), value))
 
 
-def over_tasks(values: Sequence[float], *, num_draws: int = 5000, seed: int = 0) -> Estimate:
-    """Mean of one value for each task, with a bootstrap interval over tasks."""
+def over_tasks(values: Sequence[float]) -> Estimate:
+    """Mean of one value for each task, with Student's interval over tasks: a band for figures."""
     data = np.asarray(values, float)
-    draws = np.random.default_rng(seed).choice(data, size=(num_draws, len(data))).mean(1)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return Estimate(value=float(data.mean()), low=float(low), high=float(high))
-
-
-def by_task(table: pd.DataFrame, statistic: Callable[[np.ndarray, np.ndarray], float]) -> list[float]:
-    """A statistic of (depth, accuracy) over the sites of each task, accuracies averaged over seeds first."""
-    means = table.groupby(["task", "depth"], as_index=False)["accuracy"].mean()
-    return [statistic(rows["depth"].to_numpy(), rows["accuracy"].to_numpy()) for _, rows in means.groupby("task")]
+    if len(data) < 2:
+        raise ValueError(f"an interval over tasks needs at least two tasks, not {len(data)}")
+    reach = float(stats.sem(data) * stats.t.ppf(0.975, len(data) - 1))
+    return Estimate(value=float(data.mean()), low=float(data.mean()) - reach, high=float(data.mean()) + reach)
 
 
 def spearman(depth: Float[np.ndarray, " site"], accuracy: Float[np.ndarray, " site"]) -> float:

@@ -145,6 +145,13 @@ def fit(
     """
     configurations = [Configuration()] if configurations is None else list(configurations)
     recipe = recipe or Recipe()
+    if backbone.training or any(parameter.requires_grad for parameter in backbone.parameters()):
+        raise ValueError("the backbone is in train mode or its weights want gradients; call backbones.freeze(model)")
+    side, expected = task.train.pixels.shape[-1], backbones.input_size(backbone)
+    if side != expected:
+        raise ValueError(
+            f"the task's images are {side} pixels wide, the backbone takes {expected}; load it with size={expected}"
+        )
     before = backbones.digest(backbone)
     with _deterministic(recipe.deterministic):
         fits = _fit_or_halve(backbone, task, method, configurations, recipe, heads, cache)
@@ -156,6 +163,12 @@ def fit(
 def evaluate(task: Task, fits: Sequence[Fit]) -> list[Evaluation]:
     """Accuracy of trained configurations of one bundle on the task's test part. Use it once."""
     first = fits[0]
+    for other in fits[1:]:
+        same_run = (other.method, other.recipe) == (first.method, first.recipe) and other.backbone is first.backbone
+        if not same_run or not torch.equal(other.split.test, first.split.test):
+            raise ValueError(
+                "the fits differ in backbone, method, recipe or test part; evaluate them one bundle at a time"
+            )
     body, heads = _restore(first.backbone, task, fits)
     indices = first.split.test
     correct = []
@@ -213,10 +226,15 @@ def tune(
         else:
             break
     best = choose(tried)
+    if not best.epoch:
+        raise ValueError(f"no learning rate of {rates} gave a finite loss for seed {seeds[0]}; choose lower rates")
     others = [replace(best.configuration, seed=seed) for seed in seeds[1:]]
     if not others:
         return [best]
-    return [best, *fit(backbone, task, method, others, recipe, heads=heads and heads[1:], cache=cache)]
+    fits = [best, *fit(backbone, task, method, others, recipe, heads=heads and heads[1:], cache=cache)]
+    if lost := [one.configuration.seed for one in fits if not one.epoch]:
+        raise ValueError(f"the loss was never finite for the seeds {lost} at {best.configuration}; choose lower rates")
+    return fits
 
 
 def choose(fits: Sequence[Fit]) -> Fit:
@@ -231,6 +249,7 @@ class PrefixCache:
         self.rows: dict[int, int] = {}
         self.parts: list[Tensor] = []
         self.is_channels_last: list[bool] = []
+        self.owner: tuple[object, ...] = ()  # what the results belong to
 
     @property
     def num_bytes(self) -> int:
@@ -240,23 +259,30 @@ class PrefixCache:
     def extend(
         self, backbone: nn.Module, prefix: nn.Module, images: Images, indices: Int64[Tensor, " image"], precision: str
     ) -> None:
-        """Run the prefix on the images that are not in the cache yet."""
+        """Run the prefix on the images that are not in the cache yet.
+
+        Raises:
+            ValueError: If the cache holds results of another prefix, of other images or in another precision.
+        """
+        owner = (id(backbone), getattr(prefix, "code", type(prefix)), id(images), precision)
+        if self.owner and self.owner != owner:
+            raise ValueError("the cache holds the results of another prefix, task or precision; start with a new one")
+        self.owner = owner
         new = [index for index in indices.unique().tolist() if index not in self.rows]
         chunks: list[list[Tensor]] = []
         for chunk in torch.tensor(new, dtype=torch.long).split(_CHUNK):
             chunks.append(_run_prefix(backbone, prefix, images, precision, chunk))
         if not new:
             return
-        self.is_channels_last = [_is_channels_last(z) for z in chunks[0]]
-        for index, flag in enumerate(self.is_channels_last):
+        is_channels_last = [_is_channels_last(z) for z in chunks[0]]
+        parts = []
+        for index, flag in enumerate(is_channels_last):
             # Channels go last in storage, so that picking rows keeps the layout that convolutions want.
             pieces = [chunk[index].movedim(1, -1) if flag else chunk[index] for chunk in chunks]
-            if self.rows:
-                pieces.insert(0, self.parts[index])
-                self.parts[index] = torch.cat(pieces)
-            else:
-                self.parts.append(torch.cat(pieces))
-        self.rows |= {index: len(self.rows) + place for place, index in enumerate(new)}
+            parts.append(torch.cat([self.parts[index], *pieces] if self.rows else pieces))
+        # Assigned at the end, all at once: running out of memory on the way leaves the cache as it was.
+        self.parts, self.is_channels_last = parts, is_channels_last
+        self.rows = self.rows | {index: len(self.rows) + place for place, index in enumerate(new)}
 
     def get(self, indices: Int64[Tensor, " image"]) -> list[Tensor]:
         """The crossing tensors of some images, in the order asked for."""

@@ -89,7 +89,9 @@ with figures.theme(width=1.0, rows=2):
 #
 # The paper's figures compare a prompt at its default site with a visual prompt: the input of the third block of a
 # ViT, of the third-to-last block of a ResNet (recalled, not verified). The same sites are taken here; the ratio's
-# interval is a bootstrap over timings taken in turns. No cache is used: this is the comparison that the paper makes.
+# interval is a bootstrap over timings taken in turns. No cache is used: this is the comparison that the paper makes. At
+# inference both prompts run the same network, so a throughput ratio of one is what to expect, and noise decides on
+# which side of it the timings fall.
 
 # %%
 verdicts = []

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from apthory import backbones, methods, training
+from apthory import methods, training
 from apthory.tasks import Images, Task
 
 CALIBRATION = 128  # training images whose root mean square is the unit of prompt and head

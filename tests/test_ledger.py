@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -204,3 +206,19 @@ def test_a_verdict_without_its_records_is_a_problem():
     (problem,) = notebooks.problems()
     assert "AP-11.json: record bbbbbbbbbbbb is missing" in problem
     assert figures.record_problems(["b" * 12], "small") == ["record bbbbbbbbbbbb is missing"]
+
+
+def test_the_verdicts_in_the_readme_are_those_of_the_ledger():
+    repository = Path(__file__).parents[1]
+    rows = re.findall(
+        r"^\| (\S+) \| .* \| (\w+) \| (-?[\d.]+) \[(-?[\d.]+), (-?[\d.]+)\] \| (\w+) \|$",
+        (repository / "README.md").read_text(),
+        flags=re.MULTILINE,
+    )
+    assert len(rows) >= 20
+    for claim, backbone, value, low, high, verdict in rows:
+        file = repository / "figures" / "small" / "ledger" / f"{claim}@{backbone}.json"
+        judged = json.loads(file.read_text())
+        assert judged["verdict"] == verdict, claim
+        for shown, name in ((value, "value"), (low, "low"), (high, "high")):
+            assert shown == f"{judged[name]:.2f}", (claim, backbone, name)

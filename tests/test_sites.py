@@ -5,10 +5,10 @@ from functools import partial
 
 import pytest
 import timm
+import tiny
 import torch
 from torch import Tensor, nn
 
-import tiny
 from apthory import backbones, sites
 
 EXACT = {
@@ -129,7 +129,7 @@ def test_a_stack_of_batches_through_the_suffix_gives_each_its_own_result(
 
 @torch.no_grad()
 def test_swin_suffix_makes_window_counts_anew_for_any_batch():
-    """Its shifted windows number four an image here, which the prefix of a cut inside attention knows and the suffix must."""
+    """Four windows an image here: a number that the prefix of a cut inside attention knows and the suffix must."""
     model = tiny.backbone("swin")
     for site in ("layers.0.blocks.1.attn.qkv", "layers.0.blocks.1.attn:input", "layers.0.blocks.1.attn:output"):
         prefix, suffix = sites.split(model, site)
@@ -201,7 +201,8 @@ def test_any_callable_may_be_an_edit(edit: Callable):
     model, x = Plain(), torch.randn(4, 6)
     prefix, suffix = sites.split(model, "act", {"act": edit}, x)
     with sites.edited(model, {"act": edit}):
-        assert torch.equal(suffix(*prefix(x)), model(x))
+        expected = model(x)
+    assert torch.equal(suffix(*prefix(x)), expected)
 
 
 def test_an_edit_before_the_cut_is_refused():
@@ -227,7 +228,7 @@ def test_a_model_that_cannot_be_traced_runs_whole_and_says_so():
     model, x = Branching(), torch.randn(4, 6)
     assert not sites.is_traceable(model)
     edits = {"first": lambda z: z + 1, "last:input": nn.Linear(6, 6)}
-    with pytest.warns(UserWarning, match="cannot trace Branching.*whole backbone runs at every step"):
+    with pytest.warns(UserWarning, match=r"cannot trace Branching.*whole backbone runs at every step"):
         prefix, suffix = sites.split(model, "first", edits)
     with sites.edited(model, edits):
         expected = model(x)
@@ -376,13 +377,17 @@ def test_aliases_name_one_place(family: str, alias: str, canonical: str):
 def test_listed_sites_are_canonical_and_in_order(family: str):
     model = tiny.backbone(family)
     for kind in ("block", "norm"):
-        names = sites.list_sites(model, kind)
+        names, order = sites.list_sites(model, kind), []
         assert len(set(names)) == len(names)
         assert [sites.resolve(model, name) for name in names] == names
-        order = []
-        with sites.edited(model, {name: lambda z, name=name: order.append(name) or z for name in names}):
+        with sites.edited(model, {name: partial(note, order, name) for name in names}):
             model(tiny.images(family, 1))
         assert order == names
+
+
+def note(order: list[str], name: str, z: Tensor) -> Tensor:
+    order.append(name)
+    return z
 
 
 def test_block_sites_are_the_boundaries_of_blocks():
@@ -428,12 +433,12 @@ def test_an_unknown_site_suggests_the_nearest_names(verb: Callable):
 
 
 def test_a_site_unlike_any_other_points_to_the_list():
-    with pytest.raises(ValueError, match="no module 'QQQQ'.*list_sites"):
+    with pytest.raises(ValueError, match=r"no module 'QQQQ'.*list_sites"):
         sites.resolve(tiny.backbone("vit"), "QQQQ")
 
 
 def test_a_bad_edge_is_an_error():
-    with pytest.raises(ValueError, match="'blocks.1:middle' ends in 'middle'; write 'module:input' or 'module:output'"):
+    with pytest.raises(ValueError, match=r"ends in 'middle'; write 'module:input' or 'module:output'"):
         sites.resolve(tiny.backbone("vit"), "blocks.1:middle")
 
 
@@ -518,6 +523,6 @@ def test_every_norm_lies_between_exactly_one_pair_of_block_sites(family: str):
 
 def test_norms_are_asked_for_at_block_sites_only():
     with pytest.raises(
-        ValueError, match="'blocks.1.norm1:output' is not between blocks; those sites are :input, blocks.0"
+        ValueError, match=r"'blocks.1.norm1:output' is not between blocks; those sites are :input, blocks.0"
     ):
         sites.norms_between(tiny.backbone("vit"), "blocks.1.norm1")

@@ -1,16 +1,14 @@
 """Claims about training: the fast loop is the plain loop, bundles do not mix, the test part stays unseen."""
 
 import math
-import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
+import reference
+import tiny
 import torch
 from torch import Tensor, nn
 
-import reference
-import tiny
 from apthory import backbones, heads, methods, prompts, sites, tasks, training
 from apthory.methods import ActivationPrompting, FixedPrompt, FullFineTuning, LinearProbe, Method, NormTuning
 from apthory.training import Configuration, Fit, Recipe
@@ -33,14 +31,8 @@ def assert_same_fit(fit: Fit, other: Fit, exact: bool = False) -> None:
     assert fit.validation_curve == other.validation_curve
     assert fit.state.keys() == other.state.keys()
     for name in ("train_curve", "validation_loss", "prompt_norm", "relative_norm"):
-        torch.testing.assert_close(
-            torch.tensor(getattr(fit, name)),
-            torch.tensor(getattr(other, name)),
-            **tolerance,
-            msg=lambda m: f"{name}: {m}",
-        )
-    for name, value in fit.state.items():
-        torch.testing.assert_close(value, other.state[name], **tolerance, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(torch.tensor(getattr(fit, name)), torch.tensor(getattr(other, name)), **tolerance)
+    torch.testing.assert_close(fit.state, other.state, **tolerance)  # names the parameter that differs
 
 
 # ---------------------------------------------------------------------------------- the plain loop
@@ -157,7 +149,7 @@ def test_other_methods_bundle_as_well(method: Method, task: tasks.Task):
 def test_a_diverging_configuration_leaves_its_bundle_alone(task: tasks.Task):
     method = ActivationPrompting(site="blocks.1:input")
     recipe = replace(RECIPE, optimizer="sgd")
-    wild = Configuration(learning_rate=1e30)
+    wild = Configuration(learning_rate=1e38)  # ten times that is infinite
     lost, fine = training.fit(tiny.backbone("vit"), task, method, [wild, BUNDLE[0]], recipe)
     assert not all(map(math.isfinite, lost.train_curve))
     assert_same_fit(fine, training.fit(tiny.backbone("vit"), task, method, [BUNDLE[0]], recipe)[0])
@@ -165,9 +157,9 @@ def test_a_diverging_configuration_leaves_its_bundle_alone(task: tasks.Task):
 
 
 def test_no_finite_loss_at_all_is_an_error(task: tasks.Task):
-    wild = [Configuration(learning_rate=1e30), Configuration(learning_rate=1e35)]
+    wild = [Configuration(learning_rate=1e38), Configuration(learning_rate=2e38)]
     recipe = replace(RECIPE, optimizer="sgd")
-    with pytest.raises(ValueError, match=r"learning rates 1e\+30, 1e\+35.*finite loss; choose lower rates"):
+    with pytest.raises(ValueError, match=r"learning rates 1e\+38, 2e\+38.*finite loss; choose lower rates"):
         training.fit(tiny.backbone("vit"), task, ActivationPrompting(site="blocks.1:input"), wild, recipe)
 
 
@@ -291,7 +283,11 @@ class Vandal(ActivationPrompting):
     def build(self, backbone: nn.Module, num: int) -> methods.Body:
         body = super().build(backbone, num)
         bias = next(p for name, p in backbone.named_parameters() if name == "norm.bias")
-        body.prefix.register_forward_hook(lambda *_: bias.data.add_(1e-3))
+
+        def damage(module: nn.Module, args: tuple, output: tuple) -> None:
+            bias.data.add_(1e-3)
+
+        body.prefix.register_forward_hook(damage)
         return body
 
 
@@ -366,7 +362,7 @@ def test_train_and_validation_labels_do_decide(task: tasks.Task):
 def test_validation_chooses_the_epoch(task: tasks.Task):
     """Highest accuracy; among equals the lowest loss. The kept state has that accuracy when asked again."""
     recipe = replace(RECIPE, num_epochs=8, optimizer="sgd")
-    bundle = [Configuration(learning_rate=rate, seed=seed) for rate in (0.3, 3e-3) for seed in (0, 1)]
+    bundle = [Configuration(learning_rate=rate, seed=seed) for rate in (5e-2, 3e-3) for seed in (0, 1)]
     backbone = tiny.backbone("vit")
     fits = training.fit(backbone, task, ActivationPrompting(site="blocks.1:input"), bundle, recipe)
     assert len({fit.epoch for fit in fits}) > 1
@@ -483,7 +479,7 @@ def test_a_bundle_that_does_not_fit_memory_is_halved_and_gives_the_same(
     error: type[Exception], message: str, task: tasks.Task
 ):
     hungry = Hungry(site="blocks.1:input", most=1, error=error, message=message)
-    with pytest.warns(UserWarning, match="bundle of . configurations does not fit the memory .*; halved") as caught:
+    with pytest.warns(UserWarning, match=r"bundle of . configurations does not fit the memory .*; halved") as caught:
         fits = training.fit(tiny.backbone("vit"), task, hungry, BUNDLE[:3], RECIPE)
     assert [str(warning.message)[12] for warning in caught] == ["3", "2"]
     assert [fit.configuration for fit in fits] == BUNDLE[:3]
@@ -599,7 +595,6 @@ def test_a_fit_without_a_prompt_says_so(task: tasks.Task):
 
 def test_the_last_batch_may_be_smaller_and_every_image_is_seen_once_an_epoch(task: tasks.Task):
     recipe = replace(RECIPE, num_train=37, batch_size=10, num_epochs=1)
-    seen: list[int] = []
     orders = training._order(torch.arange(37), 3, 0), training._order(torch.arange(37), 3, 1)
     assert sorted(orders[0].tolist()) == sorted(orders[1].tolist()) == list(range(37))
     assert orders[0].tolist() != orders[1].tolist()
@@ -607,7 +602,6 @@ def test_the_last_batch_may_be_smaller_and_every_image_is_seen_once_an_epoch(tas
     plain = reference.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[0], recipe)
     assert len(fit.split.train) == 37
     assert fit.train_curve == pytest.approx(plain.train_curve, rel=1e-4)
-    assert not seen
 
 
 def test_all_images_are_used_when_no_number_is_given(task: tasks.Task):

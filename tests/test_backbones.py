@@ -1,0 +1,250 @@
+"""Claims about backbones: frozen, normalized as they were trained, exactly the weights that were asked for."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import apthory
+from apthory import backbones, tasks
+
+SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 32}
+
+
+def small(num_classes: int = 0) -> nn.Module:
+    return backbones.create("vit_micro", num_classes, **SMALL)
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    path = tmp_path / "small.safetensors"
+    save_file(small().state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize("name", backbones.SHIPPED)
+def test_shipped_backbones_are_frozen_and_give_pooled_features(name: str):
+    model = backbones.load(name, device="cpu")
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    assert backbones.input_size(model) == 64
+    assert backbones.architecture(model) == name
+    features = model(torch.randn(2, 3, 64, 64))
+    assert features.shape == (2, {"vit_micro": 128, "resnet_micro": 256}[name])
+    assert features.dtype == torch.float32
+    assert features.std() > 0.01
+
+
+@pytest.mark.parametrize("name", backbones.SHIPPED)
+def test_shipped_weights_are_those_of_the_file(name: str):
+    model, state = (
+        backbones.load(name, device="cpu"),
+        load_file(Path(backbones.__file__).parent / "weights" / f"{name}.safetensors"),
+    )
+    own = model.state_dict()
+    for key, value in own.items():
+        if key in state:
+            assert torch.equal(value, state[key].to(value.dtype)), key
+        else:
+            assert key.endswith("num_batches_tracked")
+    assert {key.split(".")[0] for key in state if key not in own} <= {"head", "fc"}
+
+
+@pytest.mark.parametrize("name", backbones.SHIPPED)
+def test_loading_twice_gives_the_same_network(name: str):
+    first, second = (backbones.load(name, device="cpu") for _ in range(2))
+    assert backbones.digest(first) == backbones.digest(second)
+
+
+def test_the_micro_backbones_have_the_shape_that_was_promised():
+    vit, resnet = (backbones.create(name, 10) for name in backbones.SHIPPED)
+    assert (len(vit.blocks), vit.embed_dim, vit.blocks[0].attn.num_heads, vit.patch_embed.patch_size) == (
+        8,
+        128,
+        4,
+        (8, 8),
+    )
+    stages = [resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4]
+    assert [len(stage) for stage in stages] == [2, 2, 2, 2]
+    assert [stage[-1].bn2.num_features for stage in stages] == [32, 64, 128, 256]
+    for model in (vit, resnet):
+        assert model(torch.randn(2, 3, 64, 64)).shape == (2, 10)
+        assert all(p.requires_grad for p in model.parameters())
+
+
+def test_without_pretraining_the_weights_are_random():
+    first, second = (backbones.load("vit_micro", pretrained=False, device="cpu") for _ in range(2))
+    assert backbones.digest(first) != backbones.digest(second)
+    assert not any(p.requires_grad for p in first.parameters())
+
+
+def test_any_timm_name_loads_without_its_weights():
+    model = backbones.load("mobilenetv2_050", pretrained=False, pad_type="same", device="cpu")
+    assert backbones.input_size(model) == 224
+    assert backbones.architecture(model) == "mobilenetv2_050"
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 1280)
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_an_unknown_name_lists_those_near(pretrained: bool):
+    with pytest.raises(
+        ValueError, match=r"no backbone 'resnet_tiny'; shipped are vit_micro, resnet_micro.*such as .*resnet"
+    ):
+        backbones.load("resnet_tiny", pretrained=pretrained)
+    with pytest.raises(ValueError, match=r"no backbone 'qqq'; .* timm.list_models\(\) lists them"):
+        backbones.load("qqq", pretrained=pretrained)
+
+
+def test_pretrained_weights_out_of_reach_say_the_ways_out(monkeypatch: pytest.MonkeyPatch):
+    def offline(*args: object, **options: object) -> None:
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(
+        OSError, match=r"'mobilenetv2_050' cannot be had \(ConnectionError: no route.*weights=FILE.*pretrained=False"
+    ):
+        backbones.load("mobilenetv2_050")
+
+
+# ---------------------------------------------------------------------------------------------- weight files
+
+
+def test_a_weight_file_gives_its_weights(weights: Path):
+    model = backbones.load("vit_micro", weights=weights, device="cpu", **SMALL)
+    state = load_file(weights)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_a_weight_file_is_found_in_the_folder_of_the_environment(weights: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("APTHORY_WEIGHTS", str(weights.parent))
+    model = backbones.load("vit_micro", weights=weights.name, device="cpu", **SMALL)
+    assert torch.equal(model.norm.bias, load_file(weights)["norm.bias"])
+    with pytest.raises(OSError, match=rf"no weight file {weights.parent}/other.safetensors; pass weights=FILE"):
+        backbones.load("vit_micro", weights="other.safetensors", **SMALL)
+    monkeypatch.delenv("APTHORY_WEIGHTS")
+    with pytest.raises(OSError, match=r"no weight file .*set APTHORY_WEIGHTS to its folder"):
+        backbones.load("vit_micro", weights="other.safetensors", **SMALL)
+
+
+def test_half_precision_is_widened(weights: Path, tmp_path: Path):
+    half = {key: value.half() for key, value in load_file(weights).items()}
+    save_file(half, tmp_path / "half.safetensors")
+    model = backbones.load("vit_micro", weights=tmp_path / "half.safetensors", device="cpu", **SMALL)
+    for key, value in model.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, half[key].float())
+
+
+def test_a_classifier_in_the_file_is_dropped_or_kept_as_asked(tmp_path: Path):
+    model = small(7)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    headless = backbones.load("vit_micro", weights=tmp_path / "w.safetensors", device="cpu", **SMALL)
+    assert headless(torch.randn(1, 3, 32, 32)).shape == (1, 32)
+    whole = backbones.load("vit_micro", weights=tmp_path / "w.safetensors", num_classes=7, device="cpu", **SMALL)
+    assert torch.equal(whole.head.weight, model.head.weight)
+    with pytest.raises(ValueError, match=r"'head.(weight|bias)' of the file does not fit \(2 misfits, 0 missing\)"):
+        backbones.load("vit_micro", weights=tmp_path / "w.safetensors", num_classes=5, **SMALL)
+
+
+def test_weights_of_another_architecture_are_refused(weights: Path):
+    with pytest.raises(
+        ValueError, match=r"small.safetensors does not hold the weights of 'resnet_micro': .* of the file does not fit"
+    ):
+        backbones.load("resnet_micro", weights=weights)
+    with pytest.raises(ValueError, match=r"'blocks.2.norm1.weight' is missing from the file \(0 misfits, 12 missing\)"):
+        backbones.load("vit_micro", weights=weights, **(SMALL | {"depth": 3}))
+
+
+# ---------------------------------------------------------------------------------------------- data configuration
+
+
+def test_mean_and_standard_deviation_come_from_the_model_and_can_be_given(weights: Path):
+    model = backbones.load("vit_micro", device="cpu")
+    mean, std = backbones.mean_std(model)
+    assert mean.shape == std.shape == (3, 1, 1)
+    torch.testing.assert_close(mean.flatten(), torch.tensor([0.480, 0.448, 0.397]))
+    torch.testing.assert_close(std.flatten(), torch.tensor([0.277, 0.269, 0.282]))
+    spec = {"weights": weights, "input_size": 32, "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7], "device": "cpu"}
+    other = backbones.load("vit_micro", **spec, **SMALL)
+    mean, std = backbones.mean_std(other)
+    torch.testing.assert_close(mean.flatten(), torch.tensor([0.1, 0.2, 0.3]))
+    torch.testing.assert_close(std.flatten(), torch.tensor([0.5, 0.6, 0.7]))
+    assert backbones.input_size(other) == 32
+    assert backbones.input_size(model) == 64  # what is given to one model stays with it
+
+
+def test_the_statistics_of_timm_models_are_their_own():
+    model = backbones.create("mobilenetv2_050")
+    config = timm.data.resolve_model_data_config(model)
+    assert backbones.mean_std(model)[0].flatten().tolist() == pytest.approx(config["mean"])
+    assert backbones.input_size(model) == config["input_size"][-1]
+
+
+# ---------------------------------------------------------------------------------------------- digests and layout
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+def test_a_digest_changes_with_one_weight_or_buffer(family: str):
+    model = tiny.backbone.__wrapped__(family)
+    before = backbones.digest(model)
+    assert before == backbones.digest(tiny.backbone(family))
+    changed = {before}
+    for name in ("norm.bias", "blocks.1.attn.qkv.weight") if family == "vit" else ("bn1.running_var", "conv1.weight"):
+        value = model.state_dict()[name]
+        last = (-1,) * value.ndim
+        old = value[last].clone()
+        value[last] += 1e-6
+        changed.add(backbones.digest(model))
+        value[last] = old
+    assert backbones.digest(model) == before
+    assert len(changed) == 3
+
+
+def test_a_digest_is_that_of_the_network_not_of_its_layout():
+    model = tiny.backbone.__wrapped__("resnet")
+    before = backbones.digest(model)
+    assert backbones.is_channels_last(model)
+    model.to(memory_format=torch.contiguous_format)
+    assert not backbones.is_channels_last(model)
+    assert backbones.digest(model) == before
+
+
+def test_convolutional_backbones_lie_channels_last_and_transformers_do_not():
+    layout = {family: backbones.is_channels_last(tiny.backbone(family)) for family in tiny.FAMILIES}
+    assert layout == {
+        "vit": False,
+        "deit": False,
+        "swin": False,
+        "convnext": True,
+        "resnet": True,
+        "mobilenetv2": True,
+    }
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+def test_freezing_changes_no_result(family: str):
+    model = tiny.backbone.__wrapped__(family).to(memory_format=torch.contiguous_format).requires_grad_(True)
+    x = tiny.images(family, 2).contiguous()
+    with torch.no_grad():
+        before = model(x)
+        after = backbones.freeze(model)(x)
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", backbones.SHIPPED)
+@pytest.mark.parametrize("task", tasks.EMBEDDED)
+def test_a_linear_probe_is_neither_hopeless_nor_perfect_on_embedded_tasks(task: str, name: str):
+    """The tasks leave room on both sides for what a prompt does."""
+    backbone = backbones.load(name, device="cpu")
+    data = apthory.load_task(task, backbones.input_size(backbone))
+    recipe = apthory.Recipe(num_train=400, num_validation=100, num_test=500)
+    configurations = [apthory.Configuration(learning_rate=rate) for rate in (4e-3, 1.6e-2, 6.4e-2)]
+    fits = apthory.fit(backbone, data, apthory.LinearProbe(), configurations, recipe)
+    accuracy = max(evaluation.accuracy for evaluation in apthory.evaluate(data, fits))
+    assert 40 <= accuracy <= 90

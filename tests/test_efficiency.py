@@ -1,0 +1,94 @@
+"""Claims about costs: what is counted is what a hand count gives, and the race's bounds follow from the shares."""
+
+import pandas as pd
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from apthory import bench, efficiency, records, sites
+
+
+def test_flops_of_a_linear_layer_are_two_for_a_multiply_add():
+    layer, x = nn.Linear(7, 5, bias=False), torch.zeros(3, 7)
+    assert efficiency.count_flops(lambda: layer(x)) == 2 * 3 * 7 * 5
+
+
+def test_peak_memory_is_the_most_that_is_alive_at_once():
+    x = torch.zeros(1000)  # given, so it does not count
+
+    def work():
+        a = x + 1  # 4,000 bytes
+        b = a + 1  # 8,000
+        del a
+        c = b + 1  # 8,000 again: a is gone
+        return c.sum()  # and 4 bytes for the result
+
+    assert efficiency.peak_memory(work) == 8004
+    assert efficiency.peak_memory(lambda: x.view(10, 100)) == 0
+    assert efficiency.peak_memory(lambda: [x + 1 for _ in range(3)]) == 12000
+
+
+def test_backward_keeps_what_forward_saved():
+    weight = torch.zeros(1000, requires_grad=True)
+    with torch.no_grad():
+        without = efficiency.peak_memory(lambda: weight.exp().exp().exp().sum())
+    saved = efficiency.peak_memory(lambda: weight.exp().exp().exp().sum().backward())
+    assert without < 3 * 4000 <= saved
+
+
+def test_timings_are_taken_in_turns():
+    order = []
+    times = efficiency.interleaved_seconds({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
+    assert order == ["a", "b"] * 4  # once to warm up
+    assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
+
+
+@pytest.fixture(scope="module")
+def costs():
+    config = {"backbone": {"name": "resnet_micro"}, "batch_size": 2, "num_repeats": 1, "precision": "float32"}
+    return efficiency.measure_sites(**config)
+
+
+def test_a_cached_step_costs_what_the_suffix_costs(costs):
+    rows, forward = pd.DataFrame(costs["sites"]), costs["forward_flops"]
+    assert rows["suffix_flops"].iloc[0] == forward
+    assert rows["suffix_flops"].is_monotonic_decreasing
+    assert rows["cached_step_flops"].is_monotonic_decreasing
+    # A step adds the prefix's forward pass to a cached step, and nothing else.
+    assert (rows["step_flops"] - rows["cached_step_flops"] == forward - rows["suffix_flops"]).all()
+    # Forward and backward of the suffix and the head; the first layer after the prompt needs both, weights none.
+    head = 3 * 2 * 256 * 10
+    assert rows["cached_step_flops"].iloc[0] == 2 * forward + head
+
+
+def test_a_full_prompt_has_a_parameter_for_every_unit(costs):
+    rows = pd.DataFrame(costs["sites"]).set_index("site")
+    assert rows.loc[":input", "parameters"] == 3 * 64 * 64
+    assert rows.loc["layer4.1:input", "parameters"] == 256 * 2 * 2
+    assert (rows["head_parameters"] == 256 * 10 + 10).all()
+    assert rows["step_bytes"].iloc[0] > rows["step_bytes"].iloc[-2]
+
+
+def test_suffix_shares_fall_from_one():
+    backbone = tiny.backbone("vit")
+    shares = [bench._suffix_share(backbone, site) for site in sites.list_sites(backbone)]
+    assert shares[0] == 1
+    assert shares == sorted(shares, reverse=True)
+    assert shares[-1] < 0.1
+
+
+def test_the_race_gives_both_loops_the_same_accuracy_and_bounds_by_hand(tmp_path):
+    recipe = {"num_epochs": 1, "num_train": 48, "num_validation": 16, "num_test": 16, "precision": "float32"}
+    config = {"backbone": {"name": "resnet_micro"}, "recipe": recipe, "learning_rates": [4e-3]}
+    record = records.fetch(bench.race, config, folder=tmp_path)
+    rows = pd.DataFrame(record["sites"])
+    assert (rows["cached_accuracy"] == rows["frozen_accuracy"]).all()
+    assert (rows["cache_bytes"] > 0).all()
+    table = bench.summarize(record)["resnet_micro", "last quarter"]
+    last = rows["suffix_share"].tail(3)
+    assert table["bound, steps alone"] == pytest.approx((3 + last.sum()) / (2 * last.sum()))
+    frozen = (48 * (1 + last) + 16).sum()
+    cached = (48 * 2 * last + 16 * last + 64 * (1 - last)).sum()
+    assert table["bound, whole schedule"] == pytest.approx(frozen / cached)
+    assert table["gain"] == pytest.approx(rows["frozen_seconds"].tail(3).sum() / rows["cached_seconds"].tail(3).sum())

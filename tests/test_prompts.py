@@ -1,0 +1,240 @@
+"""Claims about prompts: zero is the identity, after a norm they are a shift, a file holds a prompt and nothing else."""
+
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from apthory import backbones, prompts, sites
+from apthory.prompts import ActivationPrompt, PromptedBackbone
+
+KINDS = ("full", "channel")
+
+
+def random_prompt(backbone: nn.Module, site: str, shape: prompts.Shape = "full", seed: int = 0) -> ActivationPrompt:
+    prompt = ActivationPrompt.zeros(backbone, site, shape)
+    with torch.no_grad():
+        prompt.delta.normal_(generator=torch.Generator().manual_seed(seed))
+    return prompt
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", KINDS)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_zero_prompt_is_the_identity_bit_for_bit(family: str, shape: prompts.Shape):
+    backbone, x = tiny.backbone(family), tiny.images(family, 3)
+    for site in (":input", sites.list_sites(backbone)[2], sites.list_sites(backbone, "norm")[2]):
+        prompt = ActivationPrompt.zeros(backbone, site, shape)
+        assert torch.equal(PromptedBackbone(backbone, prompt)(x), backbone(x))
+        prompt.delta.normal_()  # and what is not zero is seen
+        assert not torch.equal(PromptedBackbone(backbone, prompt)(x), backbone(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "site"), [("resnet", "layer2.0.bn1"), ("vit", "blocks.1.norm1"), ("vit", "norm")])
+def test_a_channel_prompt_after_a_norm_is_a_shift_of_its_bias_exactly(family: str, site: str):
+    """The output of an evaluated norm layer is an affine map's, so the prompt and beta add up."""
+    backbone = tiny.backbone.__wrapped__(family, torch.float64)
+    x = tiny.images(family, 3, dtype=torch.float64)
+    prompt = random_prompt(backbone, site, "channel").double()
+    prompted = PromptedBackbone(backbone, prompt)(x)
+    plain = backbone(x)
+    backbone.get_submodule(site).bias += prompt.delta.flatten()
+    torch.testing.assert_close(backbone(x), prompted, rtol=1e-12, atol=1e-12)
+    assert (plain - prompted).abs().max() > 1e-2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_prompt_at_the_input_is_added_to_the_image(family: str):
+    backbone, x = tiny.backbone(family), tiny.images(family, 3)
+    prompt = random_prompt(backbone, ":input")
+    assert prompt.delta.shape == x.shape[1:]
+    assert torch.equal(PromptedBackbone(backbone, prompt)(x), backbone(x + prompt.delta))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "site", "full", "channel"),
+    [
+        ("vit", "blocks.1", (17, 32), (1, 32)),
+        ("swin", "layers.0.blocks.1:input", (14, 14, 24), (1, 1, 24)),
+        ("convnext", "stages.1.blocks.1:input", (16, 4, 4), (16, 1, 1)),
+        ("resnet", "layer2.0:input", (8, 8, 8), (8, 1, 1)),
+        ("resnet", "layer4.0:output", (32, 1, 1), (32, 1, 1)),
+        ("mobilenetv2", ":input", (3, 32, 32), (3, 1, 1)),
+    ],
+)
+def test_a_full_prompt_has_a_value_for_each_unit_and_a_channel_prompt_for_each_channel(
+    family: str, site: str, full: tuple[int, ...], channel: tuple[int, ...]
+):
+    backbone = tiny.backbone(family)
+    assert prompts.prompt_shape(backbone, site) == ActivationPrompt.zeros(backbone, site).delta.shape == full
+    assert prompts.prompt_shape(backbone, site, "channel") == channel
+
+
+def test_an_alias_becomes_the_canonical_site():
+    assert ActivationPrompt.zeros(tiny.backbone("vit"), "blocks.0").site == "blocks.1:input"
+
+
+def test_a_prompt_borrows_the_backbone_and_returns_it():
+    backbone, x = tiny.backbone("vit"), tiny.images("vit", 2)
+    before = backbones.digest(backbone)
+    with torch.no_grad():
+        plain = backbone(x)
+        PromptedBackbone(backbone, random_prompt(backbone, "blocks.1:input"))(x)
+        assert torch.equal(backbone(x), plain)
+    assert backbones.digest(backbone) == before
+
+
+def test_only_the_prompt_learns():
+    backbone, x = tiny.backbone("vit"), tiny.images("vit", 2)
+    prompted = PromptedBackbone(backbone, ActivationPrompt.zeros(backbone, "blocks.1:input"))
+    prompted(x).sum().backward()
+    assert prompted.prompt.delta.grad.abs().sum() > 0
+    assert [name for name, p in prompted.named_parameters() if p.grad is not None] == ["prompt.delta"]
+
+
+def test_gradients_of_a_prompt_are_right():
+    backbone = tiny.backbone("vit", torch.float64)
+    x = tiny.images("vit", 2, dtype=torch.float64)
+    prompt = ActivationPrompt.zeros(backbone, "blocks.2:input", "channel").double()
+
+    def features(delta: torch.Tensor) -> torch.Tensor:
+        with sites.edited(backbone, {prompt.site: lambda z: z + delta}):
+            return backbone(x)
+
+    delta = prompt.delta.detach().normal_().requires_grad_()
+    assert torch.autograd.gradcheck(features, delta)
+
+
+def test_the_relative_norm_is_measured_in_activations():
+    z = torch.full((4, 6, 10), 2.0)
+    full = ActivationPrompt("x:input", torch.full((6, 10), 0.5))
+    channel = ActivationPrompt("x:input", torch.full((1, 10), 0.5), "channel")
+    assert full.relative_norm(z) == pytest.approx(0.25)
+    assert channel.relative_norm(z) == pytest.approx(0.25)
+
+
+def test_a_prompt_of_the_wrong_shape_says_which_is_right():
+    backbone, x = tiny.backbone("vit"), tiny.images("vit", 2)
+    wrong = ActivationPrompt("blocks.1:input", torch.zeros(16, 32))
+    with pytest.raises(
+        ValueError, match=r"shape \(16, 32\) does not fit the activation \(17, 32\) at 'blocks.1:input'"
+    ):
+        PromptedBackbone(backbone, wrong)(x)
+    taller = ActivationPrompt("norm:output", torch.zeros(2, 17, 32))  # it would broadcast over the batch
+    with pytest.raises(ValueError, match=r"\(2, 17, 32\) does not fit|broadcast"):
+        PromptedBackbone(backbone, taller)(x)
+    with pytest.raises(ValueError, match="prompt shape 'row' is not one of full, channel"):
+        inspect.unwrap(prompts.prompt_shape)(backbone, "blocks.1:input", "row")  # without the type check of the tests
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", KINDS)
+@pytest.mark.parametrize("family", ["vit", "resnet", "swin"])
+def test_saving_and_loading_changes_no_logit(family: str, shape: prompts.Shape, tmp_path: Path):
+    backbone, x = tiny.backbone(family), tiny.images(family, 3)
+    prompt = random_prompt(backbone, sites.list_sites(backbone)[2], shape)
+    for linear in (None, nn.Linear(backbone(x).shape[1], 5)):
+        path = prompts.save(tmp_path / "prompt.safetensors", prompt, backbone, linear)
+        loaded = prompts.load(path, backbone)
+        assert torch.equal(loaded(x), PromptedBackbone(backbone, prompt, linear)(x))
+        assert (loaded.prompt.site, loaded.prompt.shape) == (prompt.site, prompt.shape)
+        assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_a_file_is_kilobytes_and_holds_no_weight_of_the_backbone(tmp_path: Path):
+    backbone = backbones.load("vit_micro", device="cpu")
+    prompt = ActivationPrompt.zeros(backbone, "blocks.3")
+    path = prompts.save(tmp_path / "prompt.safetensors", prompt, backbone, nn.Linear(128, 10))
+    with safe_open(path, "pt") as file:
+        assert set(file.keys()) == {"prompt", "head.weight", "head.bias"}
+        config = json.loads(file.metadata()["apthory"])
+    numbers = 65 * 128 + 10 * 128 + 10
+    assert path.stat().st_size < 4 * numbers + 1000
+    assert path.stat().st_size < sum(p.numel() * 4 for p in backbone.parameters()) / 100
+    assert config == {
+        "format": "apthory.prompt/1",
+        "site": "blocks.4:input",
+        "shape": "full",
+        "backbone": "vit_micro",
+        "digest": backbones.digest(backbone),
+    }
+    assert [file.name for file in tmp_path.iterdir()] == ["prompt.safetensors"]
+
+
+def test_another_backbone_is_refused(tmp_path: Path):
+    backbone = tiny.backbone("vit")
+    path = prompts.save(tmp_path / "p.safetensors", random_prompt(backbone, "blocks.1"), backbone)
+    with pytest.raises(ValueError, match="trained for the backbone 'tiny_vit', not 'tiny_resnet'; load that one"):
+        prompts.load(path, tiny.backbone("resnet"))
+
+
+def test_other_weights_are_refused(tmp_path: Path):
+    backbone = tiny.backbone("vit")
+    path = prompts.save(tmp_path / "p.safetensors", random_prompt(backbone, "blocks.1"), backbone)
+    other = tiny.backbone.__wrapped__("vit")
+    assert isinstance(prompts.load(path, other), PromptedBackbone)  # another object, the same weights
+    other.norm.bias.data[0] += 1e-6
+    with pytest.raises(ValueError, match="trained for other weights of 'tiny_vit'"):
+        prompts.load(path, other)
+
+
+def rewrite(path: Path, tensors: dict | None = None, **changes: str) -> Path:
+    """The same file with other tensors or metadata."""
+    with safe_open(path, "pt") as file:
+        config = json.loads(file.metadata()["apthory"]) | changes
+        old = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors or old, path, {"apthory": json.dumps(config)})
+    return path
+
+
+def test_a_wrong_shape_or_site_is_refused(tmp_path: Path):
+    backbone = tiny.backbone("vit")
+    path = prompts.save(tmp_path / "p.safetensors", random_prompt(backbone, "blocks.1"), backbone)
+    with pytest.raises(
+        ValueError, match=r"prompt of shape \(3, 32\); 'blocks.2:input' of this backbone takes \(17, 32\)"
+    ):
+        prompts.load(rewrite(path, {"prompt": torch.zeros(3, 32)}), backbone)
+    with pytest.raises(ValueError, match=r"no module 'blocks.9'"):
+        prompts.load(rewrite(path, site="blocks.9:input"), backbone)
+
+
+@pytest.mark.parametrize("metadata", [None, {"apthory": "{}"}, {"apthory": '{"format": "apthory.prompt/99"}'}])
+def test_a_file_that_is_no_prompt_is_refused(metadata: dict | None, tmp_path: Path):
+    save_file({"prompt": torch.zeros(17, 32)}, tmp_path / "p.safetensors", metadata)
+    with pytest.raises(ValueError, match=r"p.safetensors is not a prompt saved by apthory"):
+        prompts.load(tmp_path / "p.safetensors", tiny.backbone("vit"))
+
+
+def test_a_missing_file_is_named(tmp_path: Path):
+    with pytest.raises(OSError, match=r"nothing.safetensors"):
+        prompts.load(tmp_path / "nothing.safetensors", tiny.backbone("vit"))
+
+
+def test_an_interrupted_save_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    backbone, x = tiny.backbone("vit"), tiny.images("vit", 2)
+    first, second = (random_prompt(backbone, "blocks.1", seed=seed) for seed in (0, 1))
+    path = prompts.save(tmp_path / "p.safetensors", first, backbone)
+
+    def half_written(tensors: dict, target: Path, metadata: dict) -> None:
+        Path(target).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prompts, "save_file", half_written)
+    for target in (path, tmp_path / "new.safetensors"):
+        with pytest.raises(KeyboardInterrupt):
+            prompts.save(target, second, backbone)
+    assert not (tmp_path / "new.safetensors").exists()
+    with torch.no_grad():
+        assert torch.equal(prompts.load(path, backbone)(x), PromptedBackbone(backbone, first)(x))
