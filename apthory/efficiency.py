@@ -170,7 +170,8 @@ class _Step:
 
     @torch.no_grad()
     def suffix(self) -> None:
-        self.body.suffix(*self.crossing)
+        with training.autocast(self.model, self.precision):
+            self.body.suffix(*self.crossing)
 
 
 class _LiveStorages(TorchDispatchMode):

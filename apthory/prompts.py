@@ -42,16 +42,17 @@ class ActivationPrompt(nn.Module):
         return cls(site, torch.zeros(prompt_shape(backbone, site, shape)), shape)
 
     def forward(self, z: Float[Tensor, "batch *unit"]) -> Float[Tensor, "batch *unit"]:
-        if torch.broadcast_shapes(z.shape[1:], self.delta.shape) != z.shape[1:]:
+        unit, own = z.shape[1:], self.delta.shape
+        if len(own) > len(unit) or any(a not in (1, b) for a, b in zip(own[::-1], unit[::-1], strict=False)):
             raise ValueError(
-                f"a prompt of shape {tuple(self.delta.shape)} does not fit the activation {tuple(z.shape[1:])} "
+                f"a prompt of shape {tuple(own)} does not fit the activation {tuple(unit)} "
                 f"at {self.site!r}; ActivationPrompt.zeros(backbone, {self.site!r}) has the right one"
             )
         return z + self.delta.to(z.dtype)
 
     def relative_norm(self, z: Float[Tensor, "batch *unit"]) -> float:
         """Norm of the prompt, spread over all units, divided by the mean norm of the activations."""
-        delta = self.delta.expand(z.shape[1:]).float().norm()
+        delta = self.delta.detach().expand(z.shape[1:]).float().norm()
         return float(delta / z.float().flatten(1).norm(dim=1).mean())
 
     def extra_repr(self) -> str:

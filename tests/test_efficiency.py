@@ -44,9 +44,10 @@ def test_timings_are_taken_in_turns():
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
 
 
-@pytest.fixture(scope="module")
-def costs():
-    config = {"backbone": {"name": "resnet_micro"}, "batch_size": 2, "num_repeats": 1, "precision": "float32"}
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def costs(request):
+    precision = request.param
+    config = {"backbone": {"name": "resnet_micro"}, "batch_size": 2, "num_repeats": 1, "precision": precision}
     return efficiency.measure_sites(**config)
 
 

@@ -130,7 +130,7 @@ def test_a_prompt_of_the_wrong_shape_says_which_is_right():
     ):
         PromptedBackbone(backbone, wrong)(x)
     taller = ActivationPrompt("norm:output", torch.zeros(2, 17, 32))  # it would broadcast over the batch
-    with pytest.raises(ValueError, match=r"\(2, 17, 32\) does not fit|broadcast"):
+    with pytest.raises(ValueError, match=r"\(2, 17, 32\) does not fit"):
         PromptedBackbone(backbone, taller)(x)
     with pytest.raises(ValueError, match="prompt shape 'row' is not one of full, channel"):
         inspect.unwrap(prompts.prompt_shape)(backbone, "blocks.1:input", "row")  # without the type check of the tests
