@@ -116,9 +116,9 @@ def command(
 ) -> None:
     """Race the cached sweep against a frozen loop and the customary one, on three backbones."""
     chosen = (
-        {"name": "mobilenetv2_100", "pretrained": False, "pad_type": "same", "input_size": 128},
         {"name": "vit_micro"},
         {"name": "resnet_micro"},
+        {"name": "mobilenetv2_100", "pretrained": False, "pad_type": "same", "input_size": 128},
     )
     for backbone in chosen:
         config = {

@@ -358,7 +358,7 @@ def _backbone(spec: str) -> nn.Module:
     return backbones.load(**json.loads(spec))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)  # a sweep goes over its tasks several times
 def _task(name: str, size: int) -> tasks.Task:
     return tasks.load(name, size)
 

@@ -1,5 +1,7 @@
 """Claims about methods and heads: what each edit computes, what it can reach, and that a stack keeps apart."""
 
+from functools import cache
+
 import pytest
 import tiny
 import torch
@@ -11,6 +13,12 @@ from apthory.heads import LinearHeads
 from apthory.methods import METHODS, ActivationPrompting, FixedPrompt, FullFineTuning, LinearProbe, NormTuning
 
 SITE = {"vit": "blocks.1:input", "resnet": "layer2.0:input", "swin": "layers.1.blocks.0:input"}
+
+
+@pytest.fixture
+def one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace each backbone once: a trace depends on it alone, and tests of every site would spend their time there."""
+    monkeypatch.setattr(sites, "_Trace", cache(sites._Trace))
 
 
 def start(method: methods.Method, family: str, num: int = 2) -> methods.Body:
@@ -147,6 +155,7 @@ def test_a_site_probe_reads_the_activation_averaged_over_positions(family: str, 
     assert not list(body.edits.parameters())
 
 
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_site_probe_can_be_had_at_every_block_site(family: str):
     backbone = tiny.backbone(family)
@@ -155,6 +164,7 @@ def test_a_site_probe_can_be_had_at_every_block_site(family: str):
         assert width == sites.site_shape(backbone, site)[sites.channel_axis(backbone, site)]
 
 
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("name", backbones.SHIPPED)
 def test_every_method_can_be_had_at_every_block_site_of_a_shipped_backbone(name: str):
     backbone = backbones.load(name, device="cpu")

@@ -1,7 +1,7 @@
 """Claims about sites: a cut changes nothing, an edit is borrowed, a name means one place."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import timm
@@ -46,6 +46,12 @@ class Branching(nn.Module):
         return self.last(z if z.sum() > 0 else -z)
 
 
+@pytest.fixture
+def one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace each backbone once: a trace depends on it alone, and tests of every site would spend their time there."""
+    monkeypatch.setattr(sites, "_Trace", cache(sites._Trace))
+
+
 def all_sites(model: nn.Module) -> list[str]:
     return [*sites.list_sites(model), *sites.list_sites(model, "norm")]
 
@@ -57,6 +63,7 @@ def num_hooks(model: nn.Module) -> int:
 # ---------------------------------------------------------------------------------------------- split
 
 
+@pytest.mark.usefixtures("one_trace")
 @torch.no_grad()
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_suffix_of_prefix_is_the_backbone_bit_for_bit_at_every_site(family: str):
@@ -76,6 +83,7 @@ def test_suffix_of_prefix_is_the_backbone_bit_for_bit_at_every_site(family: str)
     assert num_hooks(model) == 0
 
 
+@pytest.mark.usefixtures("one_trace")
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["vit", "swin", "resnet"])
 def test_suffix_of_prefix_is_the_backbone_bit_for_bit_in_float64(family: str):
@@ -86,6 +94,7 @@ def test_suffix_of_prefix_is_the_backbone_bit_for_bit_in_float64(family: str):
         assert torch.equal(suffix(*prefix(x)), model(x)), site
 
 
+@pytest.mark.usefixtures("one_trace")
 @torch.no_grad()
 @pytest.mark.parametrize("name", backbones.SHIPPED)
 def test_shipped_backbones_are_cut_bit_for_bit_at_every_block(name: str):
@@ -111,6 +120,7 @@ def test_a_norm_inside_a_residual_branch_crosses_with_its_skip():
     assert len(sites.split(model, "blocks.1:input")[0](x)) == 1
 
 
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_stack_of_batches_through_the_suffix_gives_each_its_own_result(
@@ -140,6 +150,7 @@ def test_swin_suffix_makes_window_counts_anew_for_any_batch():
             torch.testing.assert_close(twice, model(x).repeat(2, 1), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_edits_in_the_suffix_do_what_hooks_do(family: str):
     model, x = tiny.backbone(family), tiny.images(family, 4)
@@ -373,6 +384,7 @@ def test_aliases_name_one_place(family: str, alias: str, canonical: str):
     assert torch.equal(seen[alias], seen[canonical])
 
 
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_listed_sites_are_canonical_and_in_order(family: str):
     model = tiny.backbone(family)
@@ -513,6 +525,7 @@ def test_norms_between_lie_after_the_site_and_before_the_next(family: str, site:
     assert sites.norms_between(tiny.backbone(family), site) == norms
 
 
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_every_norm_lies_between_exactly_one_pair_of_block_sites(family: str):
     model = tiny.backbone(family)
