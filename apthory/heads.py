@@ -30,6 +30,6 @@ class LinearHeads(nn.Module):
         """One head as an ordinary layer on the backbone's own features."""
         width, num_classes = self.weight.shape[1:]
         head = nn.Linear(width, num_classes).requires_grad_(False)
-        head.weight.copy_((self.weight[index] / self.unit[index]).T)
-        head.bias.copy_(self.bias[index, 0])
+        head.weight.copy_((self.weight[index] / self.unit[index]).T.detach())
+        head.bias.copy_(self.bias[index, 0].detach())
         return head

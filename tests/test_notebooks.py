@@ -70,7 +70,7 @@ with figures.theme():
 
 # %%
 change = record["sums"][-1] - record["sums"][0]
-scope = {"suite": suite, "backbones": [], "tasks": [], "seeds": [], "made_from": [record]}
+scope = {"suite": suite, "backbones": ["resnet_micro"], "tasks": [], "seeds": [], "made_from": [record]}
 notebooks.verdict("AP-11", change - 3, None, **scope)
 """
 

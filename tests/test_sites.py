@@ -156,7 +156,7 @@ def test_edits_in_the_suffix_do_what_hooks_do(family: str):
     model, x = tiny.backbone(family), tiny.images(family, 4)
     block = sites.list_sites(model)[2]
     cut = sites.resolve(model, block)
-    norms = [name for site in sites.list_sites(model)[3:] for name in sites.norms_between(model, site)]
+    norms = [name for site in sites.list_sites(model)[2:] for name in sites.norms_between(model, site)]
     after = [sites.affine_output(model, name) for name in norms][:2]
     shift = nn.Conv1d(1, 1, 1)  # any module with parameters; it becomes a part of the suffix
     edits = {cut: lambda z: 1.5 * z, after[0]: Scaled(shift), after[1]: torch.tanh}
