@@ -53,6 +53,7 @@ class Shift(nn.Module):
         super().__init__()
         self.relative = relative
         self.is_calibrating = False
+        self.unit_shape: tuple[int, ...] = shape  # of the activation, once it was seen
         self.unit: Tensor
         self.activation_norm: Tensor
         self.values = nn.Parameter(torch.zeros(num, *shape))
@@ -68,6 +69,7 @@ class Shift(nn.Module):
 
     @torch.no_grad()
     def _calibrate(self, z: Float[Tensor, "num batch *unit"]) -> None:
+        self.unit_shape = tuple(z.shape[2:])
         self.activation_norm.copy_(z.float().flatten(2).norm(dim=2).mean(1))
         if self.relative:
             self.unit.copy_(rms(z).view(self.unit.shape))

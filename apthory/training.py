@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from apthory import backbones, prompts, sites
+from apthory import backbones, prompts
 from apthory.heads import LinearHeads
 from apthory.methods import Body, Method, rms
 from apthory.progress import progress
@@ -473,7 +473,7 @@ def _fit(
         raise ValueError(f"no configuration (learning rates {rates}) ever had a finite loss; choose lower rates")
 
     def result(k: int) -> Fit:
-        norm, relative_norm = _prompt_norm(states[k], backbone, method)
+        norm, relative_norm = _prompt_norm(states[k], bundle.body)
         return Fit(
             backbone=backbone,
             method=method,
@@ -592,12 +592,12 @@ def losses(logits: Float[Tensor, "num batch class"], labels: Int64[Tensor, "num 
     return by_example.view_as(labels).mean(1)
 
 
-def _prompt_norm(state: dict[str, Tensor], backbone: nn.Module, method: Method) -> tuple[float, float]:
+def _prompt_norm(state: dict[str, Tensor], body: Body) -> tuple[float, float]:
     """Norm of the prompt over all units, and the same divided by the mean norm of the activations."""
     if "edits.prompt.values" not in state:
         return 0.0, 0.0
     delta = state["edits.prompt.unit"][0] * state["edits.prompt.values"][0]
-    norm = float(delta.expand(sites.site_shape(backbone, method.site)).norm())
+    norm = float(delta.expand(body.edits["prompt"].unit_shape).norm())
     return norm, norm / float(state["edits.prompt.activation_norm"])
 
 
