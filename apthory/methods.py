@@ -120,18 +120,20 @@ class ActivationPrompting:
 
 @dataclass(frozen=True, kw_only=True)
 class NormTuning:
-    """Gamma and beta of the normalization layers between one block site and the next; statistics stay frozen."""
+    """Gamma and beta of normalization layers of any kind; running statistics stay frozen."""
 
     name: ClassVar[str] = "norm"
     site: str  # block site after which the layers lie
+    layers: Literal["block", "all"] = "block"  # those up to the next block site, or all that follow
     parameters: Literal["gamma", "beta", "both"] = "both"
     rate: float = 10.0  # learning rate of gamma and beta, relative to that of the head
     head: Literal["trained", "frozen"] = "trained"
 
     def build(self, backbone: nn.Module, num: int) -> Body:
-        layers = sites.norms_between(backbone, self.site)
+        layers = sites.norms_between(backbone, self.site, "next" if self.layers == "block" else "last")
         if not layers:
-            raise ValueError(f"there is no normalization layer between {self.site!r} and the next block to tune")
+            end = "the next block" if self.layers == "block" else "the output"
+            raise ValueError(f"there is no normalization layer between {self.site!r} and {end} to tune")
         edits, table = {}, nn.ModuleDict()
         for index, layer in enumerate(layers):
             place = sites.affine_output(backbone, layer)

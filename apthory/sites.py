@@ -89,13 +89,9 @@ def site_shape(backbone: nn.Module, site: str, example: Tensor | None = None) ->
     Args:
         example: One image batch, for backbones that do not carry a timm data configuration.
     """
-    x = _example(backbone, 2, example)
-    try:
-        trace = _Trace(backbone)
-    except UntraceableError:
-        with torch.no_grad():
-            return tuple(capture(backbone, [site], x)[site].shape[1:])
-    return tuple(trace.propagate(x)[trace.marks[trace.known(_named(backbone, site))]].shape[1:])
+    # One image costs a few milliseconds; propagating shapes through the graph costs a hundred.
+    with torch.no_grad(), _evaluating(backbone):
+        return tuple(capture(backbone, [site], _example(backbone, 1, example))[site].shape[1:])
 
 
 def channel_axis(backbone: nn.Module, site: str, example: Tensor | None = None) -> int:
@@ -119,8 +115,11 @@ def channel_axis(backbone: nn.Module, site: str, example: Tensor | None = None) 
     raise ValueError(f"cannot tell the channel axis of site {site!r}: no convolution, linear or norm layer near it")
 
 
-def norms_between(backbone: nn.Module, site: str) -> list[str]:
-    """Normalization layers from a block site up to the next block site (where normalization tuning acts)."""
+def norms_between(backbone: nn.Module, site: str, end: Literal["next", "last"] = "next") -> list[str]:
+    """Normalization layers from a block site up to the next block site, or to the last layer of all.
+
+    They are where normalization tuning acts: of one block, or from ``:input`` to the end of the whole backbone.
+    """
     trace = _Trace(backbone)
     boundaries = list_sites(backbone)
     site = resolve(backbone, site)
@@ -129,7 +128,7 @@ def norms_between(backbone: nn.Module, site: str) -> list[str]:
     order = {node: index for index, node in enumerate(trace.graph.nodes)}
     position = [order[trace.marks[name]] for name in boundaries] + [len(order)]
     here = boundaries.index(site)
-    inside = range(position[here], position[here + 1])
+    inside = range(position[here], position[here + 1] if end == "next" else len(order))
     norms = [name for name in trace.modules if _is_norm(backbone, name)]
     return [name for name in norms if order[trace.marks[f"{name}:input"]] in inside]
 
@@ -454,6 +453,19 @@ class _Hooked(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------ helpers
+
+
+@contextmanager
+def _evaluating(backbone: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while, so that no running statistic moves and no dropout draws."""
+    in_training = [module for module in backbone.modules() if module.training]
+    for module in in_training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in in_training:
+            module.training = True
 
 
 def _named(backbone: nn.Module, site: str) -> str:

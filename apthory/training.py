@@ -25,7 +25,7 @@ from apthory.methods import Body, Method, rms
 from apthory.progress import progress
 from apthory.tasks import Images, Split, Task
 
-_CHUNK = 256  # images that the prefix and evaluations see at once
+_CHUNK = 64  # images that the prefix and evaluations see at once; more fall out of the processor's cache
 _CALIBRATION = 128  # training images from which scales are read
 
 

@@ -15,9 +15,9 @@ from apthory.methods import METHODS, ActivationPrompting, FixedPrompt, FullFineT
 SITE = {"vit": "blocks.1:input", "resnet": "layer2.0:input", "swin": "layers.1.blocks.0:input"}
 
 
-@pytest.fixture
-def one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trace each backbone once: a trace depends on it alone, and tests of every site would spend their time there."""
+@pytest.fixture(autouse=True)
+def _one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace each backbone once: a trace depends on it alone, and these tests would spend most of their time there."""
     monkeypatch.setattr(sites, "_Trace", cache(sites._Trace))
 
 
@@ -97,18 +97,22 @@ def test_calibration_ends_also_after_an_error():
 
 
 @pytest.mark.parametrize("parameters", ["gamma", "beta", "both"])
-@pytest.mark.parametrize("family", SITE)
-def test_norm_tuning_is_other_gammas_and_betas(family: str, parameters: str):
+@pytest.mark.parametrize(("site", "layers"), [("next", "block"), (":input", "all")])
+@pytest.mark.parametrize("family", [*SITE, "groupnorm"])
+def test_norm_tuning_is_other_gammas_and_betas(family: str, site: str, layers: str, parameters: str):
     backbone, x = tiny.backbone(family), tiny.images(family, 3)
-    body = start(NormTuning(site=SITE[family], parameters=parameters), family)
+    site = SITE.get(family, SITE["resnet"]) if site == "next" else site
+    body = start(NormTuning(site=site, layers=layers, parameters=parameters), family)
     disturb(body.edits)
     got = features(body, x, 2)
     own = dict(backbone.named_parameters())
-    layers = sites.norms_between(backbone, SITE[family])
-    assert len(body.edits) == len(layers) > 0
+    tuned = sites.norms_between(backbone, site, "next" if layers == "block" else "last")
+    norms = [name for name, module in backbone.named_modules() if isinstance(module, sites.NORMS)]
+    assert sorted(tuned) == sorted(norms) if layers == "all" else len(tuned) < len(norms)
+    assert len(body.edits) == len(tuned) > 0
     for k in range(2):
         weights = {}
-        for layer, edit in zip(layers, body.edits.values(), strict=True):
+        for layer, edit in zip(tuned, body.edits.values(), strict=True):
             gamma, beta = own[f"{layer}.weight"], own[f"{layer}.bias"]
             scale = 0 if edit.scale is None else edit.scale[k].flatten()
             shift = 0 if edit.shift is None else edit.shift[k].flatten()
@@ -138,6 +142,8 @@ def test_norm_tuning_also_acts_before_a_fused_activation():
 def test_norm_tuning_without_a_norm_layer_is_an_error():
     with pytest.raises(ValueError, match="no normalization layer between ':input' and the next block"):
         start(NormTuning(site=":input"), "vit")
+    with pytest.raises(ValueError, match=r"between 'layer4\.0:output' and the output"):
+        start(NormTuning(site="layer4.0:output", layers="all"), "resnet")
 
 
 def test_a_norm_without_gamma_and_beta_cannot_be_tuned():
@@ -155,7 +161,6 @@ def test_a_site_probe_reads_the_activation_averaged_over_positions(family: str, 
     assert not list(body.edits.parameters())
 
 
-@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_site_probe_can_be_had_at_every_block_site(family: str):
     backbone = tiny.backbone(family)
@@ -164,7 +169,6 @@ def test_a_site_probe_can_be_had_at_every_block_site(family: str):
         assert width == sites.site_shape(backbone, site)[sites.channel_axis(backbone, site)]
 
 
-@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("name", backbones.SHIPPED)
 def test_every_method_can_be_had_at_every_block_site_of_a_shipped_backbone(name: str):
     backbone = backbones.load(name, device="cpu")

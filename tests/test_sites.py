@@ -1,5 +1,6 @@
 """Claims about sites: a cut changes nothing, an edit is borrowed, a name means one place."""
 
+import copy
 from collections.abc import Callable
 from functools import cache, partial
 
@@ -17,7 +18,7 @@ EXACT = {
     "swin": ["layers.0.blocks.1.norm2:input", "layers.0.blocks.1.attn:input", "layers.1.downsample", ":output"],
     "convnext": ["stages.1.blocks.0.norm:input", "stages.1.blocks.1.mlp.fc1:input", "stem", ":output"],
     "resnet": ["layer1.0.bn2:input", "layer2.0.downsample.1:input", "layer1.0.act1", "maxpool", ":output"],
-    "mobilenetv2": ["blocks.1.1.bn3:input", "blocks.2.0.conv_dw", "global_pool", ":output"],
+    "mobilenetv2": ["blocks.3.1.bn3:input", "blocks.2.0.conv_dw", "global_pool", ":output"],
 }
 EDIT_SITES = ["blocks.0", "blocks.1.norm1:output", "blocks.1.mlp:input"]
 
@@ -539,3 +540,11 @@ def test_norms_are_asked_for_at_block_sites_only():
         ValueError, match=r"'blocks.1.norm1:output' is not between blocks; those sites are :input, blocks.0"
     ):
         sites.norms_between(tiny.backbone("vit"), "blocks.1.norm1")
+
+
+def test_asking_for_a_shape_leaves_a_backbone_in_training_as_it_was():
+    model = copy.deepcopy(tiny.backbone("resnet")).train()
+    before = copy.deepcopy(model.state_dict())
+    assert sites.site_shape(model, "layer2.0:input") == (8, 8, 8)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -37,7 +37,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> sweeps.Study:
             place.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(place / f"{index:03}.png")
     return sweeps.Study(
-        protocol=sweeps.Protocol(recipe=RECIPE, learning_rates=(1e-2, 3e-2), seeds=(0, 1), control_seeds=(0,)),
+        protocol=sweeps.Protocol(recipe=RECIPE, learning_rates=(2e-2,), seeds=(0, 1), control_seeds=(0,)),
         backbones=({"name": "vit_micro", "weights": str(folder / "weights.safetensors"), "device": "cpu", **SMALL},),
         tasks=(f"folder:{folder / 'images'}",),
         last_sites=2,
@@ -91,7 +91,7 @@ def test_a_cell_is_json_and_holds_the_whole_protocol(study: sweeps.Study):
     for cell in sweeps.cells(study):
         assert json.loads(json.dumps(cell)) == json.loads(json.dumps(cell, sort_keys=True))
         assert training.Recipe(**cell["recipe"]) == RECIPE
-        assert cell["learning_rates"] == [1e-2, 3e-2]
+        assert cell["learning_rates"] == [2e-2]
         control = cell["method"]["name"] in ("frozen_head", "norm", "full")
         assert cell["seeds"] == ([0] if control else [0, 1])
         assert cell["size"] == 32
@@ -138,7 +138,7 @@ def test_a_cell_says_what_tuning_and_evaluating_says(study: sweeps.Study, done: 
     record = next(r for r in done[1] if r.config["method"]["name"] == "ap")
     spec = record.config["backbone"]
     backbone, task = backbones.load(**spec), sweeps.tasks.load(record.config["task"], 32)
-    fits = training.tune(backbone, task, sweeps.make(record.config["method"]), RECIPE, (1e-2, 3e-2), (0, 1))
+    fits = training.tune(backbone, task, sweeps.make(record.config["method"]), RECIPE, (2e-2,), (0, 1))
     evaluations = training.evaluate(task, fits)
     assert record["accuracy"] == [e.accuracy for e in evaluations]
     assert record["learning_rate"] == fits[0].configuration.learning_rate
@@ -165,7 +165,7 @@ def test_a_finished_study_is_read_and_nothing_is_trained(
     assert sweeps.fetch_study(study, done[0]) == done[1]
 
 
-@pytest.mark.parametrize("after", [0, 3, 9])
+@pytest.mark.parametrize("after", [3, 9])
 def test_a_killed_study_goes_on_with_the_same_bits(
     after: int, study: sweeps.Study, done: tuple[Path, list[records.Record]], tmp_path: Path
 ):

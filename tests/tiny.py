@@ -1,6 +1,6 @@
 """Backbones and tasks that are small enough to test every claim on, but have every part of the real ones."""
 
-from functools import cache
+from functools import cache, partial
 
 import timm
 import torch
@@ -49,11 +49,14 @@ def _create(family: str) -> tuple[int, nn.Module]:
             return 56, timm.models.SwinTransformer(**shape)
         case "convnext":
             return 32, timm.models.ConvNeXt(depths=(1, 2, 1, 1), dims=(8, 16, 24, 32), num_classes=0)
-        case "resnet":
-            channels = (8, 16, 24, 32)
-            return 32, timm.models.ResNet(BasicBlock, [2, 1, 1, 1], channels=channels, num_classes=0)
+        case "resnet" | "groupnorm":
+            shape = {"channels": (8, 16, 24, 32), "num_classes": 0}
+            norm = nn.BatchNorm2d if family == "resnet" else partial(timm.layers.GroupNorm, num_groups=4)
+            return 32, timm.models.ResNet(BasicBlock, [2, 1, 1, 1], norm_layer=norm, **shape)
         case "mobilenetv2":
-            return 32, timm.create_model("mobilenetv2_050", pad_type="same", num_classes=0)
+            generate = timm.models.efficientnet._gen_mobilenet_v2  # the registered ones are all 17 blocks deep
+            shape = {"channel_multiplier": 0.5, "depth_multiplier": 0.3, "pad_type": "same", "num_classes": 0}
+            return 32, generate("mobilenetv2_050", **shape)
     raise ValueError(f"no tiny {family!r}; there are {', '.join(FAMILIES)}")
 
 
