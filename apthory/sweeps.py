@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from multiprocessing import get_context
@@ -76,18 +77,28 @@ STUDIES: dict[str, dict[str, Study]] = {
         ),
     },
     "small": {
-        "S": Study(protocol=Protocol(recipe=training.Recipe(), control_seeds=(0,)), norm_every=2, frozen_every=8),
+        "S": Study(protocol=Protocol(recipe=training.Recipe(), control_seeds=(0,)), frozen_every=2),
         "mobilenet": Study(
             protocol=Protocol(recipe=training.Recipe(), control_seeds=(0,)),
             backbones=(MOBILENET,),
             tasks=("dtd10", "pacs", "caltech101"),
             last_sites=9,
-            norm_every=4,
-            frozen_every=8,
+            norm_every=2,
+            frozen_every=4,
             full=False,
         ),
     },
 }
+
+
+def find_studies(suite: str, names: str = "") -> dict[str, Study]:
+    """Layer studies of a suite by their names, with commas between; all of them if none is named."""
+    known = STUDIES.get(suite, {})
+    chosen = [name.strip() for name in names.split(",")] if names else list(known)
+    if unknown := [name for name in chosen or [""] if name not in known]:
+        every = ", ".join(f"{name} ({one})" for one, several in STUDIES.items() for name in several)
+        raise ValueError(f"no study {unknown[0]!r} in the suite {suite!r}; there are {every}")
+    return {name: known[name] for name in chosen}
 
 
 def run_study(study: Study, folder: Path, executor: Executor | None = None) -> pd.DataFrame:
@@ -287,29 +298,31 @@ def best_sites(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def command(
-    study: Annotated[str, typer.Argument(help="name of the study, such as S")] = "S",
+    study: Annotated[str, typer.Argument(help="names of studies, with commas between")] = "S",
     suite: Annotated[str, typer.Option(help="embedded or small")] = "small",
     data: Annotated[str, typer.Option(help="folder of the tasks; APTHORY_DATA if left out")] = "",
     weights: Annotated[str, typer.Option(help="folder of weight files; APTHORY_WEIGHTS if left out")] = "",
     workers: Annotated[int, typer.Option(min=1, help="processes of one thread each; 1 uses this process")] = 1,
 ) -> None:
     """Run a layer study; finished cells are kept, so it can be stopped and started again."""
-    if study not in STUDIES.get(suite, {}):
-        known = ", ".join(f"{one} ({name})" for name, several in STUDIES.items() for one in several)
-        raise typer.BadParameter(f"no study {study!r} in the suite {suite!r}; there are {known}")
+    try:
+        chosen = find_studies(suite, study)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     if data:
         os.environ["APTHORY_DATA"] = data
     if weights:
         os.environ["APTHORY_WEIGHTS"] = weights
-    chosen, folder = STUDIES[suite][study], records.folder(suite)
-    if workers == 1:
-        result = run_study(chosen, folder)
-    else:
-        spawn = get_context("spawn")
-        with ProcessPoolExecutor(workers, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            result = run_study(chosen, folder, pool)
-    means = result.groupby(["backbone", "method", "site"], sort=False)["accuracy"].mean().round(1)
-    typer.echo(means.to_string())
+    with ExitStack() as stack:
+        pool = None
+        if workers > 1:
+            spawn = get_context("spawn")
+            pool = ProcessPoolExecutor(workers, spawn, initializer=torch.set_num_threads, initargs=(1,))
+            stack.enter_context(pool)
+        for one in chosen.values():
+            result = run_study(one, records.folder(suite), pool)
+            means = result.groupby(["backbone", "method", "site"], sort=False)["accuracy"].mean().round(1)
+            typer.echo(means.to_string())
 
 
 def _cell(

@@ -97,6 +97,14 @@ def test_a_cell_is_json_and_holds_the_whole_protocol(study: sweeps.Study):
         assert cell["size"] == 32
 
 
+def test_studies_are_found_by_name_and_all_of_a_suite_without():
+    assert sweeps.find_studies("small", "mobilenet, S") == {n: sweeps.STUDIES["small"][n] for n in ("mobilenet", "S")}
+    assert sweeps.find_studies("small") == sweeps.STUDIES["small"]
+    for suite, names in (("small", "S,nothing"), ("huge", "S"), ("huge", "")):
+        with pytest.raises(ValueError, match=f"no study .* in the suite '{suite}'; there are S "):
+            sweeps.find_studies(suite, names)
+
+
 @pytest.mark.parametrize("suite", sweeps.STUDIES)
 @pytest.mark.parametrize("backbone", backbones.SHIPPED)
 def test_named_studies_hold_every_block_site_of_the_shipped_backbones(suite: str, backbone: str):
