@@ -29,6 +29,8 @@ MAY_IMPORT = {
     "prompts": {"sites", "backbones"},
     "pixels": {"sites"},
     "equivalence": {"sites", "prompts"},
+    "limits": {"sites", "backbones"},
+    "input_study": BELOW_SWEEPS | {"limits"},
     "methods": BELOW_METHODS,
     "heads": BELOW_TRAINING - {"methods"},
     "backbones": BELOW_TRAINING,
@@ -37,7 +39,7 @@ MAY_IMPORT = {
     "pretraining": BELOW_TRAINING,
     "training": BELOW_TRAINING,
     "efficiency": BELOW_TRAINING | {"training"},
-    "selection": BELOW_SWEEPS,
+    "selection": BELOW_SWEEPS | {"theory"},
     "sweeps": BELOW_SWEEPS,
     "bench": BELOW_SWEEPS,
 }
