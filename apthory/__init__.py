@@ -9,10 +9,12 @@ __all__ = [
     "ActivationPrompt", "PromptedBackbone", "save_prompt", "load_prompt",
     "ActivationPrompting", "NormTuning", "LinearProbe", "FullFineTuning", "FixedPrompt",
     "Recipe", "Configuration", "fit", "tune", "evaluate",
+    "diagnose", "fold",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from apthory.backbones import load as load_backbone
+    from apthory.equivalence import diagnose, fold
     from apthory.methods import ActivationPrompting, FixedPrompt, FullFineTuning, LinearProbe, NormTuning
     from apthory.prompts import ActivationPrompt, PromptedBackbone
     from apthory.prompts import load as load_prompt
@@ -25,6 +27,7 @@ else:  # the same names, each from its module when it is first used: torch and t
 
     _DEFINED_IN = {
         "backbones": ("load_backbone",),
+        "equivalence": ("diagnose", "fold"),
         "methods": ("ActivationPrompting", "FixedPrompt", "FullFineTuning", "LinearProbe", "NormTuning"),
         "prompts": ("ActivationPrompt", "PromptedBackbone", "load_prompt", "save_prompt"),
         "sites": ("capture", "edited", "list_sites", "resolve", "split"),

@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "equivalence": {"sites", "prompts"},
     "limits": {"sites", "backbones"},
     "input_study": BELOW_SWEEPS | {"limits"},
+    "equivalence_study": BELOW_SWEEPS | {"equivalence"},
     "methods": BELOW_METHODS,
     "heads": BELOW_TRAINING - {"methods"},
     "backbones": BELOW_TRAINING,

@@ -1,0 +1,20 @@
+"""Where a channel prompt is a shift of one bias, and where it is not.
+
+After a normalization layer, before a linear one, and wherever only sums lie between, adding the same vector at every
+position moves a bias and nothing else: `fold_prompt` says by how much for one layer, `fold` finds the layer in a
+backbone. `diagnose` tells what prompts can do at a site of any backbone, `gap` how far a prompt is from the nearest
+normalization tuning where it is none, `descend` compares the two in training.
+
+The statements are numbered E1 to E8: BatchNorm, output (1) and input (2); LayerNorm, output (3) and input (4);
+linear maps (5); gradients (6); inclusions (7); prompts without effect (8).
+"""
+
+from apthory.equivalence.gaps import Gap, descend, gap
+from apthory.equivalence.layers import bias_shift, border_outputs, fold_prompt, matched_rate, unfold_prompt
+from apthory.equivalence.networks import TOLERANCE, Diagnosis, diagnose, difference, fold
+
+__all__ = [
+    "bias_shift", "fold_prompt", "unfold_prompt", "border_outputs", "matched_rate",
+    "fold", "diagnose", "Diagnosis", "difference", "TOLERANCE",
+    "gap", "Gap", "descend",
+]  # fmt: skip
