@@ -25,7 +25,7 @@
 
 # %% tags=["parameters"]
 suite: str = "embedded"  # embedded: minutes, from scratch; small: real images, from a data folder
-study_names: str = "S"  # layer studies of the suite, with commas between; small has mobilenet as well
+study_names: str = ""  # layer studies of the suite, with commas between; all of them if left empty
 
 # %%
 import matplotlib.pyplot as plt
@@ -35,7 +35,7 @@ import seaborn as sns
 
 from apthory import figures, notebooks, records, statistics, sweeps
 
-studies = {name.strip(): sweeps.STUDIES[suite][name.strip()] for name in study_names.split(",")}
+studies = sweeps.find_studies(suite, study_names)
 cells = {name: sweeps.fetch_study(study, records.folder(suite)) for name, study in studies.items()}
 table = pd.concat([sweeps.table(several) for several in cells.values()], ignore_index=True)
 made_from = [record for several in cells.values() for record in several]
@@ -58,7 +58,8 @@ runs
 # ## Tasks together
 #
 # Test accuracy minus the linear probe's, mean over tasks and seeds; the band of the prompt is the 95 % interval of
-# the mean over tasks, drawn for more than three of them. Values below the axis stand in the CSV beside the figure.
+# the mean over tasks, drawn for more than three of them. Two sites alone are not joined by a line. Values below the
+# axis stand in the CSV beside the figure.
 
 
 # %%
@@ -84,14 +85,16 @@ METHODS = ("ap", "norm", "frozen_head", "random_prompt", "site_probe")
 LINES = {"ap": "o-", "norm": "s-", "frozen_head": "^--", "random_prompt": "x:", "site_probe": "d:"}
 with figures.theme(width=1.0, rows=1.35):
     figure, axes = plt.subplots(1, len(backbones), sharey=True, squeeze=False)
-    has_band = table["task"].nunique() > 3  # Student's interval of two or three tasks tells nothing
-    lowest = summary.loc[summary["method"] == "ap", "low" if has_band else "value"].min()
+    num_tasks = table.groupby("backbone")["task"].nunique()
+    summary["has_band"] = (summary["method"] == "ap") & (summary["backbone"].map(num_tasks) > 3)
+    lowest = summary["value"].where(~summary["has_band"], summary["low"])[summary["method"] == "ap"].min()
     for ax, backbone in zip(axes[0], backbones, strict=True):
         for method in METHODS:
             rows = summary[(summary["backbone"] == backbone) & (summary["method"] == method)].sort_values("depth")
             color = figures.COLORS[method]
-            ax.plot(rows["depth"], rows["value"], LINES[method], color=color, label=figures.LABELS[method], ms=3)
-            if method == "ap" and has_band:
+            line = LINES[method] if len(rows) > 2 else LINES[method][0]  # no line between two far sites
+            ax.plot(rows["depth"], rows["value"], line, color=color, label=figures.LABELS[method], ms=3)
+            if rows["has_band"].any():
                 ax.fill_between(rows["depth"], rows["low"], rows["high"], color=color, alpha=0.15, lw=0)
         ax.axhline(0, color=figures.COLORS["linear_probe"], lw=0.8, label=figures.LABELS["linear_probe"])
         ax.set(title=backbone, xlabel="depth of the site (0: input, 1: last)")
@@ -99,7 +102,7 @@ with figures.theme(width=1.0, rows=1.35):
     axes[0, 0].set_ylabel("accuracy minus\nlinear probe (points)")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    figures.save(figure, "03_accuracy_by_site", made_from, summary, suite=suite)
+    figures.save(figure, "03_accuracy_by_site", made_from, summary.drop(columns="has_band"), suite=suite)
 
 # %% [markdown]
 # ## Tasks apart
@@ -117,19 +120,20 @@ apart["chosen_on_validation"] = [
 ]
 with figures.theme(width=1.0, rows=1.4):
     figure, axes = plt.subplots(1, len(backbones), squeeze=False)
-    limit = apart["gain"].abs().max()
+    limit, tasks = apart["gain"].abs().max(), sorted(apart["task"].unique())
     for index, (ax, backbone) in enumerate(zip(axes[0], backbones, strict=True)):
         rows = apart[apart["backbone"] == backbone]
         order = list(rows["site"].unique())
-        grid = rows.pivot(index="task", columns="site", values="gain")[order]
-        stars = rows.pivot(index="task", columns="site", values="chosen_on_validation")[order].to_numpy()
+        grid = rows.pivot(index="task", columns="site", values="gain").reindex(tasks)[order]  # blank: not run
+        starred = rows[rows["chosen_on_validation"]].set_index(["task", "site"]).index
+        stars = [["*" if (task, site) in starred else "" for site in order] for task in tasks]
         labels = [site.removesuffix(":input").removeprefix("blocks.") or "input" for site in order]
         sns.heatmap(
             grid,
             cmap="RdBu_r",
             vmin=-limit,
             vmax=limit,
-            annot=np.where(stars, "*", ""),
+            annot=np.array(stars),
             fmt="",
             xticklabels=labels,
             yticklabels=index == 0,

@@ -75,9 +75,11 @@ with figures.theme(width=1.0, rows=2):
                 values = part[column] * (1 / part["forward_flops"] if scale is None else scale)
                 label = backbone if style == "o-" else None
                 ax.plot(part["depth"], values, style, ms=2.5, color=COLORS[backbone], label=label)
-        ax.set(ylabel=title, ylim=(0, None))
+        ax.set(ylabel=title)
         if title == "prompt parameters":
-            ax.set(yscale="log", ylim=(None, None))
+            ax.set_yscale("log")
+        else:
+            ax.set_ylim(bottom=0)
     for ax in axes[1]:
         ax.set_xlabel("depth of the site (0: input, 1: last)")
     handles, labels = axes[0, 0].get_legend_handles_labels()
