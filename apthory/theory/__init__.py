@@ -1,0 +1,1 @@
+"""Closed forms and simulations behind the experiments; nothing here knows a network."""
