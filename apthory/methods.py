@@ -79,7 +79,8 @@ class Affine(nn.Module):
     """``(1 + scale) * y + unit * shift`` after a normalization layer: tuning of its gamma and beta.
 
     With gamma' = gamma (1 + scale) and beta' = beta (1 + scale) + unit * shift this reaches every gamma' and beta'
-    as long as gamma has no zeros. The unit is the root mean square that gamma and beta give to a normalized input.
+    as long as gamma has no zeros. Gamma alone scales y - beta, which leaves beta as it is. The unit is the root mean
+    square that gamma and beta give to a normalized input.
     """
 
     def __init__(self, num: int, norm: nn.Module, shape: tuple[int, ...], parameters: str) -> None:
@@ -89,6 +90,8 @@ class Affine(nn.Module):
             raise ValueError(f"{norm} has no gamma and beta to tune; choose a site next to an affine norm layer")
         square = weight.square() + (0 if bias is None else bias.square())
         self.num, self.unit = num, float(square.mean().sqrt())
+        keeps_beta = parameters == "gamma" and bias is not None
+        self.register_buffer("beta", bias.detach().view(shape) if keeps_beta else None, persistent=False)
         self.scale = nn.Parameter(torch.zeros(num, *shape)) if parameters in ("gamma", "both") else None
         self.shift = nn.Parameter(torch.zeros(num, *shape)) if parameters in ("beta", "both") else None
 
@@ -96,6 +99,8 @@ class Affine(nn.Module):
         z = y.unflatten(0, (self.num, -1))
         if self.scale is not None:
             z = z * (1 + self.scale).to(y.dtype).unsqueeze(1)
+        if self.beta is not None:
+            z = z - (self.scale * self.beta).to(y.dtype).unsqueeze(1)
         if self.shift is not None:
             z = z + (self.unit * self.shift).to(y.dtype).unsqueeze(1)
         return z.flatten(0, 1)
@@ -128,6 +133,13 @@ class NormTuning:
     parameters: Literal["gamma", "beta", "both"] = "both"
     rate: float = 10.0  # learning rate of gamma and beta, relative to that of the head
     head: Literal["trained", "frozen"] = "trained"
+
+    def __post_init__(self) -> None:
+        if self.parameters not in ("gamma", "beta", "both") or self.layers not in ("block", "all"):
+            raise ValueError(
+                f"parameters is {self.parameters!r} and layers {self.layers!r}; "
+                "expected gamma, beta or both, and block or all"
+            )
 
     def build(self, backbone: nn.Module, num: int) -> Body:
         layers = sites.norms_between(backbone, self.site, "next" if self.layers == "block" else "last")

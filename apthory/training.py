@@ -172,7 +172,7 @@ def evaluate(task: Task, fits: Sequence[Fit]) -> list[Evaluation]:
     body, heads = _restore(first.backbone, task, fits)
     indices = first.split.test
     correct = []
-    for chunk in indices.split(max(1, _CHUNK // len(fits))):
+    for chunk in _chunks(indices, len(fits)):
         labels = task.test.labels[chunk]
         crossing = _run_prefix(first.backbone, body.prefix, task.test, first.recipe.precision, chunk)
         with torch.no_grad():
@@ -269,11 +269,9 @@ class PrefixCache:
             raise ValueError("the cache holds the results of another prefix, task or precision; start with a new one")
         self.owner = owner
         new = [index for index in indices.unique().tolist() if index not in self.rows]
-        chunks: list[list[Tensor]] = []
-        for chunk in torch.tensor(new, dtype=torch.long).split(_CHUNK):
-            chunks.append(_run_prefix(backbone, prefix, images, precision, chunk))
         if not new:
             return
+        chunks = [_run_prefix(backbone, prefix, images, precision, c) for c in _chunks(torch.tensor(new))]
         is_channels_last = [_is_channels_last(z) for z in chunks[0]]
         parts = []
         for index, flag in enumerate(is_channels_last):
@@ -398,7 +396,7 @@ class Bundle:
         """Accuracy in percent and mean cross-entropy of every configuration on its validation images."""
         indices = torch.stack([split.validation for split in self.splits])
         hits, totals = torch.zeros(len(indices), dtype=torch.long), torch.zeros(len(indices))
-        for chunk in indices.split(max(1, _CHUNK // len(indices)), dim=1):
+        for chunk in _chunks(indices, len(indices)):
             crossing = self.source(chunk.flatten())
             with autocast(self.backbone, self.recipe.precision):
                 features = self.body.suffix(*crossing)
@@ -617,6 +615,11 @@ def _run_prefix(
 ) -> list[Tensor]:
     with torch.no_grad(), autocast(backbone, precision):
         return list(prefix(normalized(backbone, images, indices)))
+
+
+def _chunks(indices: Int64[Tensor, "*num image"], num: int = 1) -> tuple[Tensor, ...]:
+    """Parts of the images that a stack of ``num`` can take at once, as equal as can be: new shapes cost set-up time."""
+    return indices.tensor_split(math.ceil(indices.shape[-1] / max(1, _CHUNK // num)), dim=-1)
 
 
 def _repeat(z: Tensor, num: int) -> Tensor:

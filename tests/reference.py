@@ -195,7 +195,7 @@ def _norm_tuning(backbone: nn.Module, method: methods.NormTuning) -> tuple[Calla
             unit = (gamma.square() + beta.square()).mean().sqrt()
             scale, shift = (trained.get(f"{layer} {name}", torch.zeros(())) for name in ("scale", "shift"))
             weights[f"{layer}.weight"] = gamma * (1 + scale)
-            weights[f"{layer}.bias"] = beta * (1 + scale) + unit * shift
+            weights[f"{layer}.bias"] = beta if method.parameters == "gamma" else beta * (1 + scale) + unit * shift
         return functional_call(backbone, weights, (x,))
 
     return features_of, trained, lambda rate: [{"params": list(trained.values()), "lr": rate * method.rate}]

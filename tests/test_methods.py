@@ -1,6 +1,7 @@
 """Claims about methods and heads: what each edit computes, what it can reach, and that a stack keeps apart."""
 
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -118,7 +119,7 @@ def test_norm_tuning_is_other_gammas_and_betas(family: str, site: str, layers: s
             shift = 0 if edit.shift is None else edit.shift[k].flatten()
             assert (edit.scale is None, edit.shift is None) == (parameters == "beta", parameters == "gamma")
             weights[f"{layer}.weight"] = gamma * (1 + scale)
-            weights[f"{layer}.bias"] = beta * (1 + scale) + edit.unit * shift
+            weights[f"{layer}.bias"] = beta if parameters == "gamma" else beta * (1 + scale) + edit.unit * shift
         with torch.no_grad():
             expected = functional_call(backbone, weights, (x,))
         torch.testing.assert_close(got[k], expected, rtol=1e-3, atol=1e-4)
@@ -144,6 +145,13 @@ def test_norm_tuning_without_a_norm_layer_is_an_error():
         start(NormTuning(site=":input"), "vit")
     with pytest.raises(ValueError, match=r"between 'layer4\.0:output' and the output"):
         start(NormTuning(site="layer4.0:output", layers="all"), "resnet")
+
+
+@pytest.mark.parametrize("fields", [{"parameters": "gammas"}, {"layers": "one"}])
+def test_norm_tuning_of_something_else_is_an_error(fields: dict[str, str]):
+    given = SimpleNamespace(**{"parameters": "both", "layers": "block", **fields})  # past the type checks of tests
+    with pytest.raises(ValueError, match="expected gamma, beta or both, and block or all"):
+        NormTuning.__post_init__(given)
 
 
 def test_a_norm_without_gamma_and_beta_cannot_be_tuned():

@@ -265,7 +265,7 @@ def test_a_step_lasts_while_negatives_keep_their_margin():
     ("call", "message"),
     [
         (lambda: reach.expected_samples(16, 5, 1), "take 4 or 8"),
-        (lambda: reach.expected_samples(16, 17, 1), "take 16 or 16"),
+        (lambda: reach.expected_samples(16, 17, 1), "positions; take 16$"),
         (lambda: reach.expected_samples(16, 0, 1), "reach is 0"),
         (lambda: reach.expected_samples(16, 4, 0), "visits is 0"),
         (lambda: reach.samples_for_error(0.5, 16, 4), "below 0.5"),

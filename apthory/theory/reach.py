@@ -125,7 +125,8 @@ def num_windows(num_positions: int, reach: int) -> int:
     if num_positions % reach:
         below = next(r for r in range(min(reach, num_positions), 0, -1) if num_positions % r == 0)
         above = next((r for r in range(reach, num_positions) if num_positions % r == 0), num_positions)
-        raise ValueError(f"a reach of {reach} does not divide {num_positions} positions; take {below} or {above}")
+        near = " or ".join(map(str, sorted({below, above})))
+        raise ValueError(f"a reach of {reach} does not divide {num_positions} positions; take {near}")
     return num_positions // reach
 
 
@@ -133,9 +134,10 @@ def num_windows(num_positions: int, reach: int) -> int:
 
 
 def distinct_samples(num_positions: int, reach: int) -> float:
-    """Mean number of distinct samples until each window has a positive one: 2 K H_K, for any step and optimiser.
+    """Mean number of distinct samples until each window has a positive one: 2 K H_K, whatever the step rule.
 
-    With enough epochs over a fixed sample, exactly the windows with a positive sample are repaired.
+    With enough epochs over a fixed sample, exactly the windows with a positive sample are repaired, as long as no
+    step is so large that negative samples undo a repair (`Problem.is_lasting`).
     """
     K = num_windows(num_positions, reach)
     return 2.0 * K * float(special.digamma(K + 1) + np.euler_gamma)
