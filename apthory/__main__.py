@@ -136,6 +136,7 @@ def _later(name: str, module: str, summary: str) -> None:
 
 _later("pretrain", "pretraining", "Train a micro backbone; resumes where it was interrupted.")
 _later("sweep", "sweeps", "Prompt every site of a backbone on tasks, in bundles.")
+_later("layers", "layers", "Rank the layers of a backbone on a task by one backward pass, and name the one to prompt.")
 _later("bench", "bench", "Measure training speed against the bounds, side by side.")
 
 

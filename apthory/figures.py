@@ -93,7 +93,7 @@ _SAVING: dict[Any, Any] = {
 
 
 @contextmanager
-def theme(width: float = 0.5, rows: int = 1) -> Iterator[None]:
+def theme(width: float = 0.5, rows: int | float = 1) -> Iterator[None]:
     """Style and size for figures created inside: a share of the text width, and rows of panels.
 
     Half width is 2.75 inches, full width 5.5; a row is 1.75 inches high.

@@ -9,13 +9,14 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import numpy as np
@@ -162,25 +163,43 @@ def fetch_all(
     return [future.result() for future in futures]
 
 
-def fetch(config: Mapping[str, Any], folder: Path) -> records.Record:
-    """One cell, computed or read.
+def fetch(
+    config: Mapping[str, Any],
+    folder: Path,
+    function: Callable[..., Mapping[str, Any]] | None = None,
+    sources: Sequence[ModuleType] = (),
+) -> records.Record:
+    """One cell, or the record of another function of a backbone and a task, computed or read.
 
     Where neither APTHORY_DATA nor APTHORY_WEIGHTS is set, a record that was made with data and weights from there is
     taken as it is, with a warning, so that committed results can be drawn again without them.
+
+    Args:
+        config: Of `run_cell` or ``function``; has at least its backbone, task and size.
+        folder: Of the records.
+        function: `run_cell` by default.
+        sources: Further modules whose code decides the values.
     """
+    function = function or run_cell
     try:
         task = _task(config["task"], config["size"])
         model = _backbone(json.dumps(config["backbone"]))
     except (ValueError, OSError) as error:
         if {"APTHORY_DATA", "APTHORY_WEIGHTS", "APTHORY_FRESH"} & set(os.environ):
             raise
-        record = _by_config(folder).get(json.dumps(config, sort_keys=True))
+        name = f"{function.__module__}.{function.__qualname__}"
+        record = _by_config(folder, name).get(json.dumps(config, sort_keys=True))
         if record is None:
             raise
         warnings.warn(f"taking the record of {config['task']!r} as it is, since {error}", stacklevel=2)
         return record
     return records.fetch(
-        run_cell, config, data=task.digest, weights=backbones.digest(model), sources=_SOURCES, folder=folder
+        function,
+        config,
+        data=task.digest,
+        weights=backbones.digest(model),
+        sources=(*_SOURCES, *sources),
+        folder=folder,
     )
 
 
@@ -360,9 +379,9 @@ def _fit_random(
     return fits
 
 
-@lru_cache(maxsize=1)
-def _by_config(folder: Path) -> dict[str, records.Record]:
-    found = records.load_all(folder, f"{__name__}.run_cell")
+@lru_cache(maxsize=4)
+def _by_config(folder: Path, name: str) -> dict[str, records.Record]:
+    found = records.load_all(folder, name)
     return {json.dumps(r.config, sort_keys=True): r for r in found if not records.superseded(r)}
 
 

@@ -235,6 +235,8 @@ def test_without_the_data_a_record_is_taken_as_it_is(
     gone = {**record.config, "task": "caltech101"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweeps, "_task", lambda name, size: sweeps.tasks.load("folder:/nowhere", size))
+        for variable in ("APTHORY_DATA", "APTHORY_WEIGHTS", "APTHORY_FRESH"):
+            patch.delenv(variable, raising=False)
         with pytest.warns(UserWarning, match=r"taking the record of .* as it is, since no folder '/nowhere'"):
             assert sweeps.fetch(record.config, done[0]) == record
         with pytest.raises(ValueError, match="no folder '/nowhere'"):

@@ -1,0 +1,283 @@
+"""Scores from the tangent of a network: exact where it is linear, against loops and matrices written out."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from apthory.theory import tangent
+
+EXACT = {"rtol": 1e-12, "atol": 1e-13}
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def two_places(x, weights):
+    """A network of two layers, as logits for shifts before the first and before the second."""
+    first, second = weights
+    return lambda shifts: torch.tanh((x + shifts["early"]) @ first + shifts["late"]) @ second
+
+
+@pytest.fixture
+def network():
+    x, weights = rand(7, 5), (rand(5, 4, seed=1), rand(4, 3, seed=2))
+    shifts = {"early": torch.zeros(7, 5, dtype=torch.float64), "late": torch.zeros(7, 4, dtype=torch.float64)}
+    return x, weights, shifts, torch.arange(7) % 3
+
+
+# --------------------------------------------------------------------------------- gradients: T1, T2, T3
+
+
+def test_gradients_of_all_places_are_those_of_one_example_and_one_place_at_a_time(network):
+    x, weights, shifts, labels = network
+    g = tangent.example_gradients(
+        two_places(x, weights), shifts, lambda y: functional.cross_entropy(y, labels, reduction="none")
+    )
+    for index in range(7):
+        for place, zero in shifts.items():
+            shift = zero[index : index + 1].clone().requires_grad_()
+            others = {name: value[index : index + 1] for name, value in shifts.items()}
+            logits = two_places(x[index : index + 1], weights)({**others, place: shift})
+            functional.cross_entropy(logits, labels[index : index + 1]).backward()
+            torch.testing.assert_close(g[place][index], shift.grad[0], **EXACT)
+
+
+def test_sums_over_parts_are_those_of_the_whole():
+    g = rand(12, 3, 4, 5)
+    whole = tangent.Gradients.of(g, -3)
+    parts = tangent.Gradients.of(g[:5], -3) + tangent.Gradients.of(g[5:], -3)
+    for name in ("mean_square", "mean_norm", "individual_norm", "coherence", "reach", "coverage", "windows"):
+        assert getattr(parts, name) == pytest.approx(getattr(whole, name), rel=1e-12)
+
+
+def test_the_mean_square_is_the_mean_of_products_of_different_examples():
+    g = rand(9, 6) + 0.3
+    pairs = [float(g[i] @ g[j]) for i in range(9) for j in range(9) if i != j]
+    sums = tangent.Gradients.of(g)
+    assert sums.mean_square == pytest.approx(np.mean(pairs), rel=1e-12)
+    assert sums.coherence == pytest.approx(np.mean(pairs) / float(g.square().sum(1).mean()), rel=1e-12)
+
+
+def test_the_mean_square_is_without_bias_where_the_plain_one_is_not():
+    draws = rand(4000, 8, 20)  # 4000 times 8 examples of mean 0.1 in every one of 20 values
+    g = draws + 0.1
+    values = np.array([tangent.Gradients.of(one).mean_square for one in g])
+    error = values.std() / len(values) ** 0.5
+    assert abs(values.mean() - 20 * 0.1**2) < 3 * error
+    plain = g.mean(1).square().sum(1)
+    assert float(plain.mean()) - 20 * 0.1**2 > 100 * error
+
+
+@pytest.mark.parametrize(("g", "coherence"), [(torch.ones(6, 4), 1.0), (torch.zeros(6, 4), 0.0)])
+def test_coherence_of_equal_gradients_is_one_and_without_gradient_zero(g, coherence):
+    assert tangent.Gradients.of(g).coherence == pytest.approx(coherence, abs=1e-12)
+
+
+def test_coherence_of_opposite_gradients_is_below_zero():
+    g = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    sums = tangent.Gradients.of(g)
+    assert sums.coherence == pytest.approx(-1.0)
+    assert sums.mean_norm == pytest.approx(-1.0)
+    with pytest.raises(ValueError, match="give at least two"):
+        _ = tangent.Gradients.of(g[:1]).mean_square
+
+
+@pytest.mark.parametrize(("num_windows", "reach"), [(1, 16), (4, 4), (16, 1)])
+def test_in_the_model_of_coverage_coherence_and_windows_tell_the_number_of_windows(num_windows, reach):
+    """Each wrong positive moves its own window of r positions along one vector; negatives are right, and silent."""
+    direction = torch.tensor([0.6, 0.8], dtype=torch.float64)
+    num = 200 * num_windows
+    g = torch.zeros(2 * num, num_windows * reach, 2, dtype=torch.float64)
+    for index in range(num):
+        start = index % num_windows * reach
+        g[index, start : start + reach] = -direction / reach
+    sums = tangent.Gradients.of(g)
+    assert sums.coherence == pytest.approx(1 / (2 * num_windows), abs=2 / num)  # 1/(2K), and the pairs left out
+    assert sums.reach == pytest.approx(reach, rel=1e-12)
+    assert sums.coverage == pytest.approx(num_windows * reach, rel=1e-12)
+    assert sums.windows == pytest.approx(num_windows, rel=1e-12)
+
+
+def test_positions_are_all_axes_but_the_channels():
+    g = torch.zeros(3, 2, 4, 4)
+    g[:, :, 1, 2] = 1.0  # one position, two channels
+    assert tangent.Gradients.of(g, -3).reach == pytest.approx(1.0)
+    assert tangent.Gradients.of(g, -1).reach == pytest.approx(2.0)  # with the wrong axis, channels count
+
+
+def test_first_order_gain_bounds_what_a_prompt_gains_for_a_convex_loss():
+    x, weight, labels = rand(64, 5), rand(5, 3, seed=1), torch.arange(64) % 3
+
+    def loss(prompt):
+        return functional.cross_entropy((x + prompt) @ weight, labels)
+
+    prompt = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    (g,) = torch.autograd.grad(loss(prompt), prompt)
+    prompt = prompt.detach()
+    for seed in range(50):
+        direction = rand(5, seed=seed)
+        for size in (0.01, 0.3, 3.0):
+            step = size * direction / direction.norm()
+            assert float(loss(prompt) - loss(step)) <= size * float(g.norm()) + 1e-12
+    best = -1e-4 * g / g.norm()
+    assert float(loss(prompt) - loss(best)) == pytest.approx(1e-4 * float(g.norm()), rel=1e-3)  # and tight
+
+
+# ----------------------------------------------------------------------------------- second order: T3
+
+
+@pytest.fixture
+def linear():
+    """Logits that are linear in a prompt, and targets."""
+    jacobian, start, target = rand(6, 3, 8), rand(6, 3, seed=1), rand(6, 3, seed=2)
+    return jacobian, start, target, lambda prompt: start + torch.einsum("ecp,p->ec", jacobian, prompt)
+
+
+def squared(target):
+    return lambda y: (y - target).square().sum(1).mean() / 2
+
+
+def test_newton_solves_a_linear_model_with_squared_loss(linear):
+    jacobian, start, target, model = linear
+    prompt, ridge = torch.zeros(8, dtype=torch.float64), 0.3
+    found = tangent.newton(model, prompt, squared(target), ridge, tolerance=1e-14)
+    rows = jacobian.flatten(0, 1) / 6**0.5
+    hessian = rows.T @ rows + ridge * torch.eye(8, dtype=torch.float64)
+    gradient = rows.T @ (start - target).flatten() / 6**0.5
+    torch.testing.assert_close(found.gradient, gradient, **EXACT)
+    torch.testing.assert_close(found.step, torch.linalg.solve(hessian, gradient), rtol=1e-10, atol=1e-12)
+
+    def regularised(prompt):
+        return float(squared(target)(model(prompt)) + ridge / 2 * prompt.square().sum())
+
+    fall = regularised(prompt) - regularised(-found.step)
+    assert found.gain == pytest.approx(fall, rel=1e-12)
+    for seed in range(20):  # nothing does better
+        assert regularised(-found.step + 0.1 * rand(8, seed=seed)) > regularised(-found.step)
+
+
+def test_a_solve_that_stops_early_states_what_its_own_step_gains(linear):
+    _, _, target, model = linear
+    prompt, ridge = torch.zeros(8, dtype=torch.float64), 1e-3
+
+    def regularised(prompt):
+        return float(squared(target)(model(prompt)) + ridge / 2 * prompt.square().sum())
+
+    gains = []
+    for num in (1, 2, 4, 20):
+        found = tangent.newton(model, prompt, squared(target), ridge, max_products=num)
+        assert found.num_products <= num
+        assert found.gain == pytest.approx(regularised(prompt) - regularised(-found.step), rel=1e-9)
+        gains.append(found.gain)
+    assert gains == sorted(gains)
+    assert gains[0] < gains[-1]
+
+
+def test_products_are_those_of_the_gauss_newton_matrix_and_not_of_the_hessian():
+    x, weight, out, labels = rand(6, 4), rand(4, 5, seed=1), rand(5, 3, seed=2), torch.arange(6) % 3
+
+    def model(prompt):
+        return torch.tanh((x + prompt) @ weight) @ out
+
+    def loss(y):
+        return functional.cross_entropy(y, labels)
+
+    prompt = torch.zeros(4, dtype=torch.float64)
+    gradient, product = tangent.gauss_newton(model, prompt, loss)
+    jacobian = torch.autograd.functional.jacobian(model, prompt)  # (example, class, prompt)
+    p = model(prompt).softmax(1)
+    curvature = (torch.diag_embed(p) - p[:, :, None] * p[:, None]) / 6
+    matrix = torch.einsum("ecp,ecd,edq->pq", jacobian, curvature, jacobian)
+    hessian = torch.autograd.functional.hessian(lambda d: loss(model(d)), prompt)
+    for seed in range(3):
+        direction = rand(4, seed=seed)
+        torch.testing.assert_close(product(direction), matrix @ direction, **EXACT)
+        assert not torch.allclose(product(direction), hessian @ direction, rtol=1e-3)
+    torch.testing.assert_close(gradient, torch.autograd.functional.jacobian(lambda d: loss(model(d)), prompt), **EXACT)
+
+
+def test_newton_wants_a_ridge(linear):
+    _, _, target, model = linear
+    with pytest.raises(ValueError, match=r"ridge is 0\.0; the step needs a positive one"):
+        tangent.newton(model, torch.zeros(8, dtype=torch.float64), squared(target), 0.0)
+
+
+def test_a_prompt_that_the_network_does_not_feel_gains_nothing():
+    norm = nn.LayerNorm(5).double()  # blind to the direction 1
+    x, labels = rand(6, 5), torch.arange(6) % 5
+    ones = torch.ones(5, dtype=torch.float64)
+    found = tangent.newton(
+        lambda prompt: norm(x + prompt * ones),
+        torch.zeros(1, dtype=torch.float64),
+        lambda y: functional.cross_entropy(y, labels),
+        1.0,
+    )
+    assert abs(found.gain) < 1e-20
+
+
+# ----------------------------------------------------------------------------------------- kernels: T4
+
+
+def test_kernels_are_traces_of_products_of_jacobians(network):
+    x, weights, shifts, _ = network
+    model = two_places(x, weights)
+    kernels = tangent.tangent_kernels(model, shifts)
+    for place, zero in shifts.items():
+        jacobian = torch.autograd.functional.jacobian(lambda s, place=place: model({**shifts, place: s}), zero)
+        own = torch.stack([jacobian[i, :, i] for i in range(7)])  # an example's logits and its own shift
+        torch.testing.assert_close(kernels[place], torch.einsum("icp,jcp->ij", own, own), **EXACT)
+
+
+def test_a_linear_network_has_a_constant_kernel_whose_alignment_is_zero():
+    x, weight = rand(6, 4), rand(4, 3, seed=1)
+    zeros = {"here": torch.zeros(6, 4, dtype=torch.float64)}
+    kernel = tangent.tangent_kernels(lambda shifts: (x + shifts["here"]) @ weight, zeros)["here"]
+    torch.testing.assert_close(kernel, torch.full((6, 6), float(weight.square().sum()), dtype=torch.float64), **EXACT)
+    assert tangent.alignment(kernel, tangent.label_kernel(torch.arange(6) % 2)) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_random_directions_give_the_kernel_in_the_mean(network):
+    x, weights, shifts, _ = network
+    model = two_places(x, weights)
+    exact = tangent.tangent_kernels(model, shifts)["late"]
+    generator = torch.Generator().manual_seed(0)
+    frames = [tangent.frame(2, 3, generator).double() for _ in range(300)]
+    draws = torch.stack([tangent.tangent_kernels(model, shifts, one)["late"] for one in frames])
+    error = draws.std(0) / len(draws) ** 0.5
+    assert bool(((draws.mean(0) - exact).abs() < 4.5 * error).all())
+    for one in frames[:3]:
+        torch.testing.assert_close(one @ one.T, 1.5 * torch.eye(2, dtype=torch.float64), rtol=1e-5, atol=1e-6)
+    assert torch.equal(tangent.frame(5, 3, generator), torch.eye(3))
+
+
+@pytest.mark.parametrize("change", ["scale", "shift", "order"])
+def test_alignment_knows_no_scale_no_constant_and_no_order(change):
+    kernel, labels = tangent.label_kernel(torch.arange(10) // 3) + 0.1 * rand(10, 10), torch.arange(10) % 4
+    kernel, target = kernel @ kernel.T, tangent.label_kernel(labels)
+    before = tangent.alignment(kernel, target)
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
+    after = {
+        "scale": lambda: tangent.alignment(3 * kernel, target),
+        "shift": lambda: tangent.alignment(kernel + 7, target),
+        "order": lambda: tangent.alignment(kernel[order][:, order], target[order][:, order]),
+    }[change]()
+    assert after == pytest.approx(before, rel=1e-9)
+    assert tangent.alignment(kernel[order][:, order], target) != pytest.approx(before, rel=1e-3)
+
+
+def test_alignment_of_a_kernel_with_itself_is_one_and_with_a_constant_zero():
+    kernel = tangent.label_kernel(torch.arange(6) % 2)
+    assert tangent.alignment(kernel, kernel) == pytest.approx(1.0, rel=1e-12)
+    assert tangent.alignment(kernel, torch.ones(6, 6)) == 0.0
+    assert tangent.alignment(kernel, 1 - kernel) == pytest.approx(-1.0, rel=1e-12)
+
+
+def test_signed_root_keeps_the_sign():
+    assert tangent.signed_root(4.0) == 2.0
+    assert tangent.signed_root(-9.0) == -3.0
+    assert math.copysign(1, tangent.signed_root(0.0)) == 1
