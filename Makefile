@@ -15,12 +15,14 @@ help: ## list the targets
 figures: venv ## compute the embedded suite anew: every notebook, record and figure (about 10 minutes)
 	$(RUN) apthory run --suite embedded --fresh
 
-figure: venv ## compute one notebook of the embedded suite anew: make figure NAME=03_layer_preference
+figure: ## compute one notebook of the embedded suite anew: make figure NAME=03_layer_preference
 	@test -n "$(NAME)" || { echo 'which notebook? make figure NAME=03_layer_preference' >&2; exit 2; }
+	@$(MAKE) --no-print-directory venv
 	$(RUN) apthory run $(NAME) --suite embedded --fresh
 
-small: venv ## run the small suite on the images in APTHORY_DATA; resumes where it was stopped
+small: ## run the small suite on the images in APTHORY_DATA; resumes where it was stopped
 	@test -d "$(APTHORY_DATA)" || { echo 'where are the images? make small APTHORY_DATA=folder' >&2; exit 2; }
+	@$(MAKE) --no-print-directory venv
 	APTHORY_DATA="$(abspath $(APTHORY_DATA))" APTHORY_WEIGHTS="$(abspath $(APTHORY_WEIGHTS))" \
 	  $(RUN) apthory run --suite small
 

@@ -4,6 +4,7 @@ import ast
 import importlib
 import os
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -164,9 +165,13 @@ def _print_ledger(table: Any) -> None:
 
 
 def _describe(note: dict[str, Any]) -> str:
-    cited = [f"    {key}" for key in note["records"]]
+    from apthory import records
+
+    keys = note["records"]
+    kinds = Counter(r.name for r in records.load_all(records.folder(note["suite"])) if r.key[:12] in set(keys))
     head = [f"{note['figure']} ({note['suite']} suite)", f"  numbers: SHA-256 {note['csv_sha256']}"]
-    return "\n".join([*head, f"  records: {len(cited)}", *cited])
+    made = [f"  {count} records of {name}" for name, count in kinds.most_common()]
+    return "\n".join([*head, *made, *(f"  {' '.join(keys[i : i + 8])}" for i in range(0, len(keys), 8))])
 
 
 def _recompute_one() -> list[str]:

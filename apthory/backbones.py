@@ -70,7 +70,8 @@ def load(
         weights: A safetensors file with a state dict, used instead, also looked for in the folder that
             APTHORY_WEIGHTS names; half precision is widened to float32.
         num_classes: 0 drops the classifier; otherwise it must match the weights.
-        input_size: Side in pixels when it differs from the model's own data configuration.
+        input_size: Side in pixels when it differs from the model's own data configuration. A ViT is also laid out
+            for it: give ``img_size`` instead.
         mean: Mean by channel, of pixels in [0, 1], when the weight file wants another than the model's own.
         std: Standard deviation by channel, likewise.
         device: ``"auto"`` takes a CUDA device if there is one.
@@ -96,6 +97,10 @@ def load(
             ) from error
     if weights is not None:
         _fill(model, Path(weights), name, num_classes)
+    input_size = input_size or kwargs.get("img_size")
+    laid_out = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if input_size and laid_out and set(laid_out) != {input_size}:
+        raise ValueError(f"{name!r} is laid out for {laid_out[0]} pixels, not {input_size}; pass img_size={input_size}")
     own = {"input_size": input_size and (3, input_size, input_size), "mean": mean, "std": std}
     model.pretrained_cfg = _as_dict(model.pretrained_cfg) | {k: tuple(v) for k, v in own.items() if v}
     return freeze(model).to(default_device() if device == "auto" else device)
@@ -120,11 +125,12 @@ def default_device() -> torch.device:
 
 def input_size(model: nn.Module) -> int:
     """Side of the square image that the backbone expects, in pixels."""
-    return int(_as_dict(model.pretrained_cfg)["input_size"][-1])
+    return int(_data_config(model)["input_size"][-1])
 
 
 def mean_std(model: nn.Module) -> tuple[Float[Tensor, "channel 1 1"], Float[Tensor, "channel 1 1"]]:
     """Mean and standard deviation of pixels in [0, 1], from the model's own data configuration."""
+    _data_config(model)
     config = timm.data.resolve_model_data_config(model)
     mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
     return mean, std
@@ -169,6 +175,15 @@ def _fill(model: nn.Module, path: Path, name: str, num_classes: int) -> None:
             f"({len(wrong)} misfits, {len(missing)} missing); check the name and timm's keyword arguments"
         )
     model.load_state_dict(state, strict=False)
+
+
+def _data_config(model: nn.Module) -> dict[str, Any]:
+    if not hasattr(model, "pretrained_cfg"):
+        raise ValueError(
+            f"{type(model).__name__} does not say what images it takes; set its attribute pretrained_cfg to "
+            '{"architecture": NAME, "input_size": (3, SIDE, SIDE), "mean": (R, G, B), "std": (R, G, B)}'
+        )
+    return _as_dict(model.pretrained_cfg)
 
 
 def _as_dict(config: Any) -> dict[str, Any]:

@@ -99,6 +99,9 @@ def save(path: str | Path, prompt: ActivationPrompt, backbone: nn.Module, head: 
     partial = path.with_name(path.name + ".partial")
     metadata = {"apthory": json.dumps(config)}
     save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial, metadata)
+    umask = os.umask(0)  # safetensors makes files that only their owner can read
+    os.umask(umask)
+    partial.chmod(0o666 & ~umask)
     os.replace(partial, path)
     return path
 

@@ -128,7 +128,7 @@ class Task:
         order = _stratified_order(self.train.labels, seed)  # train from its front, validation from its back
         train = order[:left][:num_train]
         if missing := self._absent(self.train.labels[train]):
-            way_out = "raise num_train" if len(train) < left else "lower num_validation"
+            way_out = "raise num_train" if len(train) < left else f"lower num_validation, now {num_validation}"
             raise ValueError(
                 f"the train subset has no image of {missing}: it is {len(train)} of {pool} images for "
                 f"{len(self.classes)} classes, with {numbers}; {way_out}"

@@ -150,7 +150,15 @@ def fit(
     side, expected = task.train.pixels.shape[-1], backbones.input_size(backbone)
     if side != expected:
         raise ValueError(
-            f"the task's images are {side} pixels wide, the backbone takes {expected}; load it with size={expected}"
+            f"the task's images are {side} pixels wide, the backbone takes {expected}; load the task with "
+            f"size={expected}, or the backbone with input_size={side} (img_size={side} if it is a ViT)"
+        )
+    split = task.split(configurations[0].seed, recipe.num_train, recipe.num_validation, recipe.num_test)
+    if len(split.train) < min(len(split.validation), recipe.num_train or math.inf):
+        warnings.warn(
+            f"validation takes {len(split.validation)} of {len(task.train)} images and leaves {len(split.train)} to "
+            f"train on; lower num_validation, now {recipe.num_validation}",
+            stacklevel=2,
         )
     before = backbones.digest(backbone)
     with _deterministic(recipe.deterministic):
@@ -432,6 +440,8 @@ class Bundle:
         crossing = self.source(torch.cat([split.train[:_CALIBRATION] for split in self.splits]))
         with torch.no_grad(), autocast(self.backbone, self.recipe.precision), self.body.calibrating():
             features = self.body.suffix(*crossing).float()
+        if "prompt" in self.body.edits and not self.body.edits["prompt"].activation_norm.all():
+            raise ValueError(f"the activation at {self.method.site!r} is zero, so a prompt has no scale; take another")
         generators = [torch.Generator().manual_seed(c.seed) for c in self.configurations]
         heads = LinearHeads(num, features.shape[1], len(self.task.classes), generators).to(self.device)
         heads.unit.copy_(rms(features.unflatten(0, (num, -1))).view(-1, 1, 1))

@@ -248,3 +248,15 @@ def test_a_linear_probe_is_neither_hopeless_nor_perfect_on_embedded_tasks(task: 
     fits = apthory.fit(backbone, data, apthory.LinearProbe(), configurations, recipe)
     accuracy = max(evaluation.accuracy for evaluation in apthory.evaluate(data, fits))
     assert 40 <= accuracy <= 90
+
+
+def test_an_input_size_that_a_vit_is_not_laid_out_for_is_an_error():
+    with pytest.raises(ValueError, match=r"laid out for 224 pixels, not 64; pass img_size=64"):
+        backbones.load("vit_tiny_patch16_224", pretrained=False, input_size=64)
+    assert backbones.input_size(backbones.load("vit_tiny_patch16_224", pretrained=False, img_size=64)) == 64
+
+
+@pytest.mark.parametrize("verb", [backbones.input_size, backbones.mean_std])
+def test_a_module_that_does_not_say_what_images_it_takes_is_an_error(verb):
+    with pytest.raises(ValueError, match=r"Linear does not say what images it takes; set its attribute pretrained_cfg"):
+        verb(torch.nn.Linear(2, 2))

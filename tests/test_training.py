@@ -1,5 +1,6 @@
 """Claims about training: the fast loop is the plain loop, bundles do not mix, the test part stays unseen."""
 
+import copy
 import math
 from dataclasses import dataclass, replace
 
@@ -619,3 +620,17 @@ def test_defaults_are_one_configuration_and_the_default_recipe():
     backbone, task = tiny.backbone("vit"), tiny.task(24, 6)
     (fit,) = training.fit(backbone, task, LinearProbe(), recipe=replace(RECIPE, num_epochs=1, num_validation=6))
     assert fit.configuration == Configuration()
+
+
+def test_a_prompt_where_the_activation_is_zero_is_an_error_before_training():
+    backbone = copy.deepcopy(tiny.backbone("resnet"))
+    backbone.layer2[0].bn2.weight.zero_()
+    backbone.layer2[0].bn2.bias.zero_()
+    with pytest.raises(ValueError, match=r"activation at 'layer2.0.bn2:output' is zero, so a prompt has no scale"):
+        training.fit(backbone, tiny.task(), ActivationPrompting(site="layer2.0.bn2:output"), recipe=RECIPE)
+
+
+def test_a_split_that_leaves_less_to_train_on_than_to_validate_on_warns():
+    recipe = replace(RECIPE, num_train=None, num_validation=30, num_epochs=1)
+    with pytest.warns(UserWarning, match=r"takes 30 of 48 images and leaves 18 to train on; lower num_validation"):
+        training.fit(tiny.backbone("resnet"), tiny.task(), ActivationPrompting(site="layer3.0:input"), recipe=recipe)
