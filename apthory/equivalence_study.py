@@ -21,7 +21,7 @@ _OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
 _EDGES: tuple[equivalence.layers.Edge, ...] = ("output", "input")
 
 
-@records.versioned(1)
+@records.versioned(2)
 def measure_layers(backbone: Mapping[str, Any], num_images: int = 2, every: int = 1) -> dict[str, Any]:
     """Fold a random channel prompt at every edge where a layer takes it, and compare features with the prompt's.
 
@@ -53,7 +53,7 @@ def measure_layers(backbone: Mapping[str, Any], num_images: int = 2, every: int 
             for edge in _EDGES:
                 place = outputs[name] if edge == "output" else f"{name}:input"
                 z = seen[place]
-                axis = 1 if isinstance(layer, (nn.BatchNorm2d, nn.Conv2d)) else -1
+                axis = 1 if equivalence.layers.has_channels_first(layer) else -1
                 generator = torch.Generator().manual_seed(0)
                 values = torch.randn(z.shape[axis], generator=generator, dtype=z.dtype) * z.square().mean().sqrt()
                 delta = values.view(*(-1 if i == axis % z.ndim else 1 for i in range(1, z.ndim)))
@@ -70,7 +70,7 @@ def measure_layers(backbone: Mapping[str, Any], num_images: int = 2, every: int 
                 tuned = functional_call(model, {f"{name}.bias": layer.bias + shift}, (x,))
                 rows.append(
                     {
-                        "statement": _statement(layer, edge),
+                        "statement": equivalence.layers.statement(layer, edge),
                         "layer": name,
                         "type": type(layer).__name__,
                         "edge": edge,
@@ -82,14 +82,14 @@ def measure_layers(backbone: Mapping[str, Any], num_images: int = 2, every: int 
     return {"rows": rows}
 
 
-@records.versioned(1)
+@records.versioned(2)
 def measure_diagnoses(backbone: Mapping[str, Any], places: Sequence[str]) -> dict[str, Any]:
     """`equivalence.diagnose` at some sites of a backbone, with random images."""
     model = backbones.load(**backbone)
     return {"diagnoses": [asdict(equivalence.diagnose(model, place)) for place in places]}
 
 
-@records.versioned(1)
+@records.versioned(2)
 def measure_gap(
     backbone: Mapping[str, Any],
     site: str,
@@ -124,7 +124,7 @@ def measure_gap(
     return {"gaps": [asdict(gap) for gap in gaps]}
 
 
-@records.versioned(1)
+@records.versioned(2)
 def measure_trajectories(
     backbone: Mapping[str, Any], task: str, layer: str, num_steps: int = 12, num_images: int = 6
 ) -> dict[str, Any]:
@@ -134,8 +134,9 @@ def measure_trajectories(
 
     Returns:
         By optimizer: the losses of the tied prompt at the layer's output and of beta, the largest relative
-        difference of the two, and the ratio of the full prompt's first step (mean over positions) to beta's, times
-        the number of positions. For BatchNorm also a tied prompt at its input against beta at the matched rate.
+        difference of the two. Also a full prompt that is given its gradients along beta's path: its way (the mean
+        over positions, times their number) divided by beta's, after every step; median over steps and channels, and
+        the largest distance from it. For BatchNorm also a tied prompt at its input against beta at the matched rate.
     """
     model = backbones.load(**backbone)
     data = tasks.load(task, size=backbones.input_size(model))
@@ -169,14 +170,19 @@ def measure_trajectories(
     for optimizer, make in _OPTIMIZERS.items():
         by_prompt, _ = equivalence.descend(partial(prompted, output), tied, make, num_steps)
         by_beta, beta_path = equivalence.descend(tuned, tied, make, num_steps)
-        _, full_path = equivalence.descend(partial(prompted, output), full, make, 1)
-        ratio = full_path[0].mean(positions, keepdim=True) / beta_path[0] * num_positions
+        places = torch.cat([tied[None], beta_path[:-1]])
+
+        def followed(delta: Tensor, step: int, places: Tensor = places) -> Tensor:
+            return prompted(output, places[step] + (delta - delta.detach()), step)
+
+        _, full_path = equivalence.descend(followed, full, make, num_steps)
+        ratio = full_path.mean([axis + 1 for axis in positions], keepdim=True) / beta_path * num_positions
         found[optimizer] = {
             "prompt": by_prompt,
             "beta": by_beta,
             "difference": equivalence.difference(by_prompt, by_beta),
-            "mean_step_ratio": ratio.median(),
-            "mean_step_spread": (ratio - ratio.median()).abs().max(),
+            "mean_way_ratio": ratio.median(),
+            "mean_way_spread": (ratio - ratio.median()).abs().max(),
         }
     if isinstance(norm_layer, nn.BatchNorm2d):
         make = _OPTIMIZERS["momentum"]
@@ -188,7 +194,7 @@ def measure_trajectories(
     return {"num_positions": num_positions, "optimizers": found}
 
 
-@records.versioned(1)
+@records.versioned(2)
 def measure_trained(
     backbone: Mapping[str, Any],
     task: str,
@@ -208,14 +214,6 @@ def measure_trained(
     images = training.normalized(model, data.test, fit.split.test[:num_images])
     [gap] = equivalence.gap(model, fit.prompt, layer, [fit.relative_norm], images=images)
     return {"validation_accuracy": fit.validation_accuracy, **asdict(gap)}
-
-
-def _statement(layer: nn.Module, edge: str) -> str:
-    if isinstance(layer, nn.BatchNorm2d):
-        return "E1" if edge == "output" else "E2"
-    if isinstance(layer, sites.NORMS):
-        return "E3" if edge == "output" else "E4"
-    return "E5"
 
 
 def _random_images(model: nn.Module, num: int) -> Tensor:

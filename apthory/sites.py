@@ -33,14 +33,14 @@ NORMS = (
     timm.layers.RmsNorm,
     timm.layers.RmsNorm2d,
 )
-_CHANNELS_FIRST = (
+CHANNELS_FIRST = (
     nn.modules.batchnorm._BatchNorm,
     nn.GroupNorm,
     nn.modules.conv._ConvNd,
     timm.layers.LayerNorm2d,
     timm.layers.RmsNorm2d,
 )
-_CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, timm.layers.RmsNorm)
+CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, timm.layers.RmsNorm)
 _OUT_OF_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul, operator.isub: operator.sub}
 
 
@@ -542,9 +542,9 @@ def _upstream(node: fx.Node) -> list[fx.Node]:
 def _layout(root: nn.Module, node: fx.Node) -> Literal["first", "last", ""]:
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
-        if isinstance(module, _CHANNELS_FIRST):
+        if isinstance(module, CHANNELS_FIRST):
             return "first"
-        if isinstance(module, _CHANNELS_LAST):
+        if isinstance(module, CHANNELS_LAST):
             return "last"
     if node.target is nn.functional.batch_norm or node.target is nn.functional.group_norm:
         return "first"

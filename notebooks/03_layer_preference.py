@@ -152,8 +152,8 @@ with figures.theme(width=1.0, rows=1.4):
 # validation data chose for each task. The input is left out of the statistics over depth, since a prompt there is the
 # visual prompt. The last site of a ResNet is followed by average pooling alone: there a prompt is a shift that the
 # head's bias can absorb, so its gain is that of a linear probe by construction, which pulls the deep end down; at the
-# last site of a ViT only the class token's share of a prompt is read. The statistics were fixed with these sites in; the
-# last table tells what they are without them.
+# last site of a ViT only the class token's share of a prompt is read. The statistics were fixed with these sites in;
+# the last table tells what they are without them.
 
 # %%
 verdicts = []

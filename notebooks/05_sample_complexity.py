@@ -91,10 +91,10 @@ def rows(record):
 # ## Distinct samples
 #
 # With enough epochs over a fixed sample, exactly the windows with a positive sample are repaired, whatever the step
-# rule, as long as no step is so large that it undoes a repair: the number of distinct samples needed is $2KH_K$ in the mean, and the test error left after $N$
-# of them $\frac12(1 - \frac1{2K})^N$. This is what few-shot transfer meets. Points: SGD by autograd on a
-# hard-attention network, over epochs, with another step rule and batch size at each reach; bars are two standard
-# errors.
+# rule, as long as no step is so large that it undoes a repair: the number of distinct samples needed is $2KH_K$ in the
+# mean, and the test error left after $N$ of them $\frac12(1 - \frac1{2K})^N$. This is what few-shot transfer meets.
+# Points: SGD by autograd on a hard-attention network, over epochs, with another step rule and batch size at each
+# reach; bars are two standard errors.
 
 # %%
 few_shot = [

@@ -27,12 +27,12 @@ from apthory import efficiency, figures, notebooks, records, statistics, trainin
 specs = [
     {"name": "vit_micro"},
     {"name": "resnet_micro"},
-    {"name": "mobilenetv2_100", "pretrained": False, "pad_type": "same", "input_size": 128},
+    {"name": "mobilenetv2_100", "pretrained": False, "pad_type": "same", "input_size": 64},
 ]
 measured = [
     records.fetch(
         efficiency.measure_sites,
-        {"backbone": spec, "batch_size": batch_size, "num_repeats": 9},
+        {"backbone": spec, "batch_size": batch_size, "num_repeats": 5},
         sources=[training],
         folder=records.folder(suite),
     )

@@ -1,6 +1,7 @@
 """Claims of E1 to E8: where a channel prompt is a bias shift to the last digit, and where it must not be."""
 
 import copy
+import inspect
 import os
 from functools import partial
 from pathlib import Path
@@ -141,22 +142,77 @@ def test_a_fused_activation_comes_after_the_prompt():
     assert difference(folded(x), layer(x) + delta) > 0.05  # after the activation it is another place
 
 
-def test_folding_is_differentiable_in_the_bias_as_in_the_prompt():
-    layer = randomized(nn.BatchNorm2d(3), 0)
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d(3), nn.Conv2d(3, 5, 2)], ids=["norm", "convolution"])
+def test_a_folded_prompt_has_the_derivatives_of_the_prompt(layer: nn.Module):
+    layer = randomized(layer, 0)
     x = drawn(2, 3, 2, 2, seed=1)
-    shift = bias_shift(layer, torch.ones(3), edge="input")
 
     def prompted(delta: Tensor) -> Tensor:
         return layer(x + delta.view(3, 1, 1))
 
-    def tuned(beta: Tensor) -> Tensor:
-        return functional_call(layer, {"bias": layer.bias + beta}, (x,))
+    def folded(delta: Tensor) -> Tensor:
+        return functional_call(layer, {"bias": layer.bias + bias_shift(layer, delta, edge="input")}, (x,))
 
     delta = drawn(3, seed=2).requires_grad_()
-    assert torch.autograd.gradcheck(prompted, delta)
-    assert torch.autograd.gradcheck(tuned, delta)
-    by_prompt, by_bias = (torch.autograd.functional.jacobian(f, drawn(3, seed=2)) for f in (prompted, tuned))
-    torch.testing.assert_close(by_prompt, by_bias * shift, rtol=1e-12, atol=1e-14)
+    assert torch.autograd.gradcheck(folded, delta)
+    by_prompt, by_bias = (torch.autograd.functional.jacobian(f, delta) for f in (prompted, folded))
+    assert by_prompt.abs().max() > 0.1
+    torch.testing.assert_close(by_prompt, by_bias, rtol=1e-12, atol=1e-14)
+
+
+@given(groups=st.integers(1, 4), each=st.integers(2, 4), seed=seeds)
+def test_a_group_norm_of_several_groups_takes_a_prompt_after_but_not_before_it(groups: int, each: int, seed: int):
+    layer = randomized(nn.GroupNorm(groups, groups * each), seed)
+    x, delta = drawn(2, groups * each, 3, 3, seed=seed + 3), drawn(groups * each, 1, 1, seed=seed + 4)
+    assert difference(fold_prompt(layer, delta)(x), layer(x) + delta) <= EXACT
+    by_group = delta.view(groups, -1)
+    alike = by_group.mean(1, keepdim=True).expand_as(by_group).reshape(delta.shape)  # one value a group is lost
+    assert difference(layer(x + alike), layer(x)) <= 1e-9
+    assert difference(layer(x + delta), layer(x)) > 1e-6
+    with pytest.raises(ValueError, match="another one for each image"):
+        bias_shift(layer, delta, edge="input")
+
+
+@given(num_out=st.sampled_from([3, 8, 512]), seed=seeds)
+def test_in_single_precision_a_prompt_before_a_linear_map_unfolds_as_it_was_folded(num_out: int, seed: int):
+    layer = randomized(nn.Linear(128, num_out), seed).float()
+    delta = drawn(128, seed=seed + 2).float()
+    prompt = unfold_prompt(layer, fold_prompt(layer, delta, edge="input"), edge="input")
+    shift = bias_shift(layer, delta, edge="input")
+    assert difference(bias_shift(layer, prompt, edge="input"), shift) < 1e-5
+    if num_out > 128:
+        torch.testing.assert_close(prompt, delta, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("layer", "edge", "shape"),
+    [
+        (nn.BatchNorm2d(8), "output", (1, 1, 8)),
+        (nn.BatchNorm2d(8), "input", (1, 8, 1)),
+        (nn.Conv2d(8, 8, 1), "input", (1, 1, 8)),
+        (timm.layers.LayerNorm2d(8), "output", (1, 1, 8)),
+        (nn.LayerNorm(8), "output", (8, 1)),
+        (nn.Linear(8, 8), "input", (8, 1, 1)),
+    ],
+)
+def test_a_prompt_on_another_axis_than_the_channels_is_refused(layer, edge, shape: tuple[int, ...]):
+    layer = randomized(layer, 0)
+    with pytest.raises(ValueError, match=r"8 channels on its (first|last) axis") as refused:
+        fold_prompt(layer, torch.ones(shape), edge=edge)
+    own = (8, 1, 1) if "first" in str(refused.value) else (1, 1, 8)
+    assert torch.equal(bias_shift(layer, torch.ones(own), edge=edge), bias_shift(layer, torch.ones(8), edge=edge))
+
+
+def test_a_reparametrized_convolution_folds_by_the_weight_that_it_applies():
+    layer = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3, padding=1).requires_grad_(False))
+    layer.parametrizations.weight.original0.mul_(torch.arange(1.0, 5.0).view(4, 1, 1, 1))
+    x, delta = torch.randn(1, 3, 5, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([1.0, -2.0, 3.0])
+    with pytest.raises(ValueError, match="8 of 9 outputs"):
+        bias_shift(layer, delta, edge="input")
+    folded = fold_prompt(layer, delta, edge="input", border="ignore")
+    wanted = layer(x + delta.view(3, 1, 1))
+    assert difference(folded(x)[..., 1:-1, 1:-1], wanted[..., 1:-1, 1:-1]) < 1e-5
+    assert border_outputs(layer, 5, 5) == (16, 25)
 
 
 def test_nothing_is_modified_in_place():
@@ -180,12 +236,18 @@ def test_nothing_is_modified_in_place():
         (nn.Conv2d(3, 3, 1, bias=False), {"edge": "input"}, "no bias to hold the prompt"),
         (nn.BatchNorm2d(3), {"edge": "input"}, r"batch statistics, which remove.*eval\(\)"),
         (nn.BatchNorm2d(3, track_running_stats=False).eval(), {"edge": "input"}, "batch statistics"),
-        (nn.LayerNorm(3), {"edge": "input"}, "only to first order.*E4.*gap"),
-        (nn.GroupNorm(1, 3), {"edge": "input"}, "only to first order"),
+        (nn.LayerNorm(3), {"edge": "input"}, "only to first order, and another one for each position.*E4.*gap"),
+        (nn.GroupNorm(1, 3), {"edge": "input"}, "another one for each image"),
         (nn.RMSNorm(3), {"edge": "input"}, "only to first order"),
         (nn.Conv2d(3, 3, 3, padding=1), {"edge": "input"}, "8 of 9 outputs of a 3x3 map.*border='ignore'"),
         (nn.Conv2d(3, 3, 7, padding="same"), {"edge": "input"}, "48 of 49 outputs of a 7x7 map"),
         (timm.layers.Conv2dSame(3, 3, 3, stride=2), {"edge": "input"}, "pads with zeros"),
+        (timm.layers.StdConv2d(3, 3, 3, bias=True), {"edge": "input"}, r"StdConv2d does not apply its weight.*fold\("),
+        (
+            timm.layers.StdConv2d(3, 3, 3, padding=1, bias=True),
+            {"edge": "input", "border": "ignore"},
+            "does not apply its weight",
+        ),
         (nn.LayerNorm(4), {}, "shape .3,. is no channel prompt for the output of this LayerNorm, which has 4"),
     ],
 )
@@ -307,7 +369,7 @@ def test_every_norm_layer_of_real_backbones_folds_a_prompt_at_its_output(load):
     seen = sites.capture(model, list(places.values()), x)
     plain, num_seen = model(x), 0
     for name, layer in layers.items():
-        axis = 1 if isinstance(layer, sites._CHANNELS_FIRST) else -1
+        axis = 1 if isinstance(layer, sites.CHANNELS_FIRST) else -1
         for edge in ("output", "input") if name in is_batch_norm else ("output",):
             spot = places[name, edge]
             z = seen[spot]
@@ -384,13 +446,13 @@ def test_a_prompt_that_is_no_bias_shift_is_not_folded(family, site, shape):
     [
         ("vit", "blocks.1.attn.qkv", "exact", "E5", 33, ("attention keys", "1 more that later linear maps remove")),
         ("vit", "blocks.1:input", "exact", "E5", 1, ("the same value in every channel",)),
-        ("vit", "blocks.0:input", "larger", "E7", 1, ("the same value in every channel",)),
-        ("vit", "blocks.1.norm1:input", "first order", "E4", 1, ("the same value in every channel",)),
+        ("vit", "blocks.0:input", "not found", "", 1, ("the same value in every channel",)),
+        ("vit", "blocks.1.norm1:input", "varying", "E4", 1, ("the same value in every channel",)),
         ("vit", "blocks.1.mlp.act", "exact", "E5", 97, ("97 more that later linear maps remove",)),
         ("swin", "layers.0.blocks.1.norm1", "exact", "E3", 0, ()),
         ("resnet", ":input", "border", "E5", 0, ()),
         ("resnet", "layer1.0.act1", "border", "E5", 0, ()),
-        ("resnet", "layer2.0:input", "larger", "E7", 0, ()),
+        ("resnet", "layer2.0:input", "not found", "", 0, ()),
         ("resnet", "layer4.0:output", "absorbed", "E8", 0, ()),
         ("mobilenetv2", "conv_stem:input", "border", "E5", 0, ()),
     ],
@@ -455,6 +517,110 @@ def test_in_train_mode_batch_statistics_make_every_prompt_null():
     assert not model.layer2[0].bn2.num_batches_tracked  # the reader's own model has seen nothing
 
 
+@pytest.mark.parametrize("which", ["all", "one"])
+def test_batch_statistics_of_any_layer_count_not_the_mode_of_the_backbone(which: str):
+    model = copy.deepcopy(tiny.backbone("resnet"))
+    (model if which == "all" else model.layer2[0].bn2).train()
+    found = diagnose(model, "layer2.0.bn2:input")
+    assert (found.statement, found.kind, found.null_dimension) == ("E2", "null", found.num_channels)
+    prompt = prompts.ActivationPrompt.zeros(tiny.backbone("resnet"), "layer2.0.bn2:input", "channel")
+    prompt.delta.data.normal_(generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"uses batch statistics.*eval\(\)"):
+        fold(model, prompt)
+    full = prompts.ActivationPrompt.zeros(tiny.backbone("resnet"), "layer2.0.bn2:input")
+    full.delta.data.normal_(generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="with batch statistics gap measures channel prompts alone"):
+        gap(model, full, "layer2.0.bn2", [1.0])
+    vit = copy.deepcopy(tiny.backbone("vit")).train()  # no BatchNorm and no dropout: the mode changes nothing
+    prompt = prompts.ActivationPrompt.zeros(vit, "blocks.1.norm1", "channel")
+    prompt.delta.data.normal_(generator=torch.Generator().manual_seed(0))
+    assert not torch.equal(fold(vit, prompt).blocks[1].norm1.bias, vit.blocks[1].norm1.bias)
+    (measured,) = gap(vit, prompt, "blocks.1.norm1", [0.1], images=tiny.images("vit", 8))
+    assert measured.tuning <= EXACT < measured.effect
+
+
+@pytest.mark.parametrize("norm", [nn.RMSNorm, timm.layers.RmsNorm])
+def test_a_backbone_with_rms_norms_is_diagnosed_and_folded(norm: type[nn.Module]):
+    vit = tiny.backbone("vit")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.models.VisionTransformer(
+            img_size=32, patch_size=8, embed_dim=32, num_heads=2, depth=2, num_classes=0, norm_layer=norm
+        )
+    model.pretrained_cfg = vit.pretrained_cfg
+    model = backbones.freeze(model)
+    found = diagnose(model, "blocks.1.norm1")
+    assert (found.statement, found.kind, found.target) == ("E5", "exact", "blocks.1.attn.qkv.bias")
+    before = diagnose(model, "blocks.1.norm1:input")
+    assert (before.statement, before.kind, before.null_dimension) == ("E4", "varying", 0)  # nothing is centred
+    prompt = prompts.ActivationPrompt.zeros(model, "blocks.1.norm2", "channel")
+    prompt.delta.data.normal_(generator=torch.Generator().manual_seed(0))
+    x = tiny.images("vit", 3)
+    assert difference(fold(model, prompt)(x), prompts.PromptedBackbone(model, prompt)(x)) < 1e-5
+    with pytest.raises(ValueError, match="without gamma and beta"):
+        gap(model, prompt, "blocks.1.norm2", [0.1])
+
+
+def test_a_batch_norm_without_affine_parameters_shifts_exactly_but_has_no_bias():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5, affine=False), nn.ReLU(), nn.Conv2d(5, 4, 3)]
+    model = backbones.freeze(nn.Sequential(*layers, nn.Flatten()))
+    found = diagnose(model, "1:input", images=torch.randn(4, 3, 8, 8))
+    assert (found.statement, found.kind, found.target) == ("E2", "no bias", "")
+    assert found.sentence == "A channel prompt is a shift after 1, which has no bias to hold it."
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4), (16, 4, 4), (1, 1, 1), (16, 1, 1)])
+def test_only_a_prompt_that_is_the_same_at_every_position_folds(shape: tuple[int, int, int]):
+    """The position-wise one has as many values as the site has channels."""
+    model = tiny.backbone("resnet", torch.float64)
+    assert sites.site_shape(model, "layer2.0.bn2") == (16, 4, 4)
+    prompt = prompts.ActivationPrompt("layer2.0.bn2:output", drawn(*shape, seed=0))
+    if shape[1] == 1:
+        x = tiny.images("resnet", 3, dtype=torch.float64)
+        assert difference(fold(model, prompt)(x), prompts.PromptedBackbone(model, prompt)(x)) <= EXACT
+    else:
+        with pytest.raises(ValueError, match=r"no bias near .* equals this prompt"):
+            fold(model, prompt)
+
+
+def test_a_prompt_that_does_not_fit_its_site_is_refused():
+    prompt = prompts.ActivationPrompt("layer2.0.bn2:output", torch.ones(5, 1, 1))
+    with pytest.raises(ValueError, match=r"shape \(5, 1, 1\) does not fit the activation \(16, 4, 4\)"):
+        fold(tiny.backbone("resnet"), prompt)
+
+
+def test_what_holds_for_a_small_prompt_is_tried_again_for_the_one_that_folds():
+    torch.manual_seed(0)
+    model = backbones.freeze(nn.Sequential(nn.Flatten(), nn.Hardtanh(-100.0, 100.0), nn.Linear(12, 4)))
+    x = torch.randn(4, 3, 2, 2)
+    prompt = prompts.ActivationPrompt("0:output", torch.ones(12), "channel")
+    assert difference(fold(model, prompt, images=x)(x), prompts.PromptedBackbone(model, prompt)(x)) < 1e-6
+    prompt.delta.data *= 1e3  # cut off by the clamp
+    with pytest.raises(ValueError, match=r"2\.bias leaves a relative difference"):
+        fold(model, prompt, images=x)
+
+
+def test_null_directions_are_those_that_linear_algebra_gives():
+    model = tiny.backbone("vit", torch.float64)
+    block, one = model.blocks[1], torch.ones(32, 1, dtype=torch.float64)
+
+    def check(site: str, directions: Tensor) -> None:
+        basis, _ = equivalence.networks.Network(model, site).null_space()
+        wanted = torch.linalg.qr(directions).Q
+        assert basis.shape == (wanted.shape[1], wanted.shape[0])
+        torch.testing.assert_close(basis.T @ basis, wanted @ wanted.T, rtol=0, atol=1e-8)
+
+    check("blocks.1:input", one)
+    check("blocks.1.norm1:input", one)
+    keys = torch.eye(96, dtype=torch.float64)[:, 32:64]
+    values = torch.zeros(96, 1, dtype=torch.float64)
+    values[64:] = torch.linalg.solve(block.attn.proj.weight, one)  # becomes the same value in every channel
+    check("blocks.1.attn.qkv", torch.cat([keys, values], 1))
+    into = torch.linalg.svd(block.mlp.fc2.weight - block.mlp.fc2.weight.mean(0)).Vh[31:].T
+    check("blocks.1.mlp.act", into)
+
+
 def test_a_random_backbone_is_refused():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.5), nn.Conv2d(4, 4, 3), nn.Flatten())
     with pytest.raises(ValueError, match=r"the backbone is random.*eval\(\)"):
@@ -501,6 +667,40 @@ def test_the_nearest_tuning_is_no_further_than_one_found_by_descent():
 
     losses, _ = equivalence.descend(loss, torch.zeros_like(bias), partial(torch.optim.Adam, lr=3e-3), 60)
     assert found.tuning <= float(losses.min().sqrt() / model(x).norm()) * 1.001
+
+
+def test_the_nearest_tuning_keeps_its_share_of_a_small_prompt():
+    """Where the derivative holds the distance is a fixed share of the effect, the one that least squares gives."""
+    model, x = tiny.backbone("resnet"), tiny.images("resnet", 8)
+    prompt = prompts.ActivationPrompt.zeros(model, "layer2.0.bn1")
+    prompt.delta.data.normal_(generator=torch.Generator().manual_seed(0))
+    found = gap(model, prompt, "layer2.0.bn1", [1e-6, 1e-5, 1e-4], images=x)
+    for each in found:
+        assert each.is_converged
+        assert each.tuning == pytest.approx(each.linear, rel=0.02)
+        assert each.tuning / each.effect == pytest.approx(found[0].tuning / found[0].effect, rel=0.02)
+    (stopped,) = gap(model, prompt, "layer2.0.bn1", [1.0], images=x, num_rounds=1)
+    assert not stopped.is_converged
+    assert stopped.tuning < stopped.effect
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norms": []}, "norms must be one or more positive numbers"),
+        ({"norms": [0.1, 0.0]}, "norms must be one or more positive numbers"),
+        ({"parameters": "gamma"}, "'gamma' is not 'beta' or 'both'"),
+        ({"layer": "blocks.0.norm1"}, "'blocks.0.norm1' comes before the prompt at 'blocks.1.norm1:input'"),
+        ({"size": 0.0}, "a prompt of zeros has no direction"),
+    ],
+)
+def test_a_gap_without_a_question_is_refused(change: dict, message: str):
+    model = tiny.backbone("vit")
+    arguments = {"layer": "blocks.1.norm1", "norms": [0.1], "parameters": "both", "size": 1.0, **change}
+    prompt = prompts.ActivationPrompt.zeros(model, "blocks.1.norm1:input", "channel")
+    prompt.delta.data[:] = arguments.pop("size")
+    with pytest.raises(ValueError, match=message):
+        inspect.unwrap(gap)(model, prompt, **arguments)  # as without type checks
 
 
 def test_a_gap_needs_enough_images_eval_mode_and_a_layer_to_tune():
@@ -600,17 +800,23 @@ def test_the_mean_step_of_a_full_prompt_is_one_over_p_of_the_bias_step_under_sgd
     start = torch.zeros(race.unit, dtype=torch.float64)
     zero = torch.zeros(race.channel, dtype=torch.float64)
 
-    def first(loss, start: Tensor, optimizer) -> Tensor:
-        return equivalence.descend(loss, start, optimizer, 1)[1][0]
+    path = drawn(6, *race.channel, seed=3)  # where the gradients are taken, the same for both
+
+    def along(loss, start: Tensor, optimizer) -> Tensor:
+        return equivalence.descend(lambda p, k: loss(path[k] + (p - p.detach())), start, optimizer, len(path))[1]
+
+    def mean(full: Tensor) -> Tensor:
+        return full.mean(others, keepdim=True)
 
     for optimizer in (SGD, MOMENTUM):
-        full, bias = first(race.prompted, start, optimizer), first(race.tuned, zero, optimizer)
-        assert difference(full.mean(others, keepdim=True) * num_positions, bias) <= EXACT
+        full, bias = along(race.prompted, start, optimizer), along(race.tuned, zero, optimizer)
+        assert difference(mean(full) * num_positions, bias) <= EXACT
+    assert difference(along(race.tuned, zero, partial(torch.optim.SGD, lr=0.02)), bias) > 0.1  # momentum is not SGD
     rate = equivalence.matched_rate(layer, 0.05, num_positions=num_positions)
     assert difference(rate, torch.full_like(rate, 0.05 / num_positions)) == 0
-    full, bias = first(race.prompted, start, ADAM), first(race.tuned, zero, ADAM)
-    assert difference(full.mean(others, keepdim=True) * num_positions, bias) > 1
-    assert difference(full.mean(others, keepdim=True), bias) > 0.05
+    full, bias = along(race.prompted, start, ADAM), along(race.tuned, zero, ADAM)
+    assert difference(mean(full) * num_positions, bias) > 1
+    assert difference(mean(full), bias) > 0.05
 
 
 @pytest.mark.parametrize(("momentum", "decay"), [(0.0, 0.0), (0.9, 0.0), (0.0, 0.3), (0.9, 0.3)])
@@ -657,3 +863,11 @@ def test_a_full_prompt_is_no_bias_tuning_unless_there_is_one_position():
     assert difference(moved, moved.mean(1, keepdim=True)) > 0.1  # no single shift
     one = x[:, :1]
     assert difference(fold_prompt(layer, delta[:1])(one), layer(one) + delta[:1]) <= EXACT
+
+
+def test_a_site_whose_activation_is_zero_is_diagnosed_all_the_same():
+    backbone = copy.deepcopy(tiny.backbone("resnet"))
+    backbone.layer2[0].bn2.weight.zero_()
+    backbone.layer2[0].bn2.bias.zero_()
+    found = diagnose(backbone, "layer2.0.bn2:output")
+    assert (found.statement, found.is_larger, found.is_absorbed) == ("E1", True, False)

@@ -22,7 +22,9 @@ class Gap:
 
     norm: float  # of the prompt, spread over all units, relative to the mean norm of the activations
     effect: float  # from no prompt at all
-    tuning: float  # from the nearest tuning of the layer
+    tuning: float  # from the nearest tuning of the layer that was found: it is at most this far
+    is_converged: bool  # no small change of that tuning comes closer
+    linear: float  # from the nearest tuning, by derivatives alone: the limit of small prompts and small tunings
     first_order: float  # from a shift of the layer's result by its derivative: what is due at each position
 
 
@@ -34,105 +36,158 @@ def gap(
     *,
     images: Float[Tensor, "batch *image"] | None = None,
     parameters: Literal["beta", "both"] = "both",
-    num_iterations: int = 10,
+    num_rounds: int = 2,
 ) -> list[Gap]:
-    """How far a prompt is from tuning one normalization layer, as the prompt grows; in float64.
+    """How far, at most, a prompt is from tuning one normalization layer, as the prompt grows; in float64.
 
-    What is left beyond the first order falls with the square of the norm (E4). The nearest tuning solves the least
-    squares of features on these images, by Gauss-Newton steps with the derivative at no tuning; where the prompt is
-    so large that they do not converge, their best iterate stands: an upper bound of the distance.
+    What is left beyond the first order falls with the square of the norm (E4). The nearest tuning is sought by least
+    squares of the features of these images (on others it may miss more). Features are no convex function of a tuning,
+    so what is found is an upper bound, and where `Gap.is_converged` is false not even a local minimum. What the
+    derivatives alone leave is exact, for prompts and tunings so small that they hold.
 
     Args:
         prompt: Its direction counts; its norm is replaced.
         layer: Name of the normalization layer, at or after the prompt's site.
-        norms: Of the prompt, relative to the mean norm of the activations.
+        norms: Of the prompt, relative to the mean norm of the activations. The search for one begins at the one before.
         images: Normalized images, with more features in all than gamma and beta have entries; random by default.
         parameters: Tune beta alone, or gamma as well.
+        num_rounds: Of ten steps each, at most, for a norm; from the second on each begins with a new derivative.
 
     Raises:
-        ValueError: If there are too few images, or a backbone in train mode sees more than a channel prompt.
+        ValueError: If there is nothing to measure, if there are too few images, or if batch statistics see more than
+            a channel prompt.
     """
+    if parameters not in ("beta", "both"):
+        raise ValueError(f"parameters {parameters!r} is not 'beta' or 'both'; gamma alone is never a prompt (E7)")
+    if not norms or min(norms) <= 0:
+        raise ValueError(f"norms must be one or more positive numbers, not {list(norms)}")
+    if not prompt.delta.any():
+        raise ValueError("a prompt of zeros has no direction; pass one that is trained or drawn")
     norm_layer = backbone.get_submodule(layer)
-    if not isinstance(norm_layer, sites.NORMS) or norm_layer.weight is None:
+    if not isinstance(norm_layer, sites.NORMS) or None in (norm_layer.weight, getattr(norm_layer, "bias", None)):
         raise ValueError(
             f"{layer!r} is a {type(norm_layer).__name__} without gamma and beta; name a layer that has them"
         )
     network = Network(backbone, prompt.site, images)
     place = network.place(layer)
+    if layer in network.order[: network.order.index("")] and sites.resolve(backbone, place) != network.site:
+        raise ValueError(
+            f"{layer!r} comes before the prompt at {network.site!r}, which never reaches it; name a later one"
+        )
     z = network.read(network.site)
     direction = prompt.delta.detach().to(z).expand(network.unit)
     direction = direction * (z.flatten(1).norm(dim=1).mean() / direction.norm())
-    derivative = jvp(lambda size: network.read(place, size * direction), (z.new_zeros(()),), (z.new_ones(()),))
-    result, moved = derivative[:2]
+    zero, one = z.new_zeros(()), z.new_ones(())
+    result, moved = jvp(lambda size: network.read(place, size * direction), (zero,), (one,))[:2]
+    plain, drift = jvp(lambda size: network(size * direction), (zero,), (one,))[:2]
     prefix, suffix = sites.split(network.model, place, example=network.images)
     with torch.no_grad():
         skips = prefix(network.images)[1:]
-        plain = network()
         targets = [network(norm * direction) for norm in norms]
-    solve = None
-    if max(float((target - plain).norm() / plain.norm()) for target in targets) > _ROUNDING:
-        axis = network.axis_at(place)
-        solve = _Tuning(lambda y: suffix(y, *skips), result, axis, parameters, backbone.training)
-    found = []
-    for norm, target in zip(norms, targets, strict=True):
+
+    def distance(a: Tensor, b: Tensor) -> float:
+        return float((a - b).norm() / plain.norm())
+
+    axis, search = network.axis_at(place), None
+    if max(distance(target, plain) for target in targets) > _ROUNDING:
+        if network.uses_batch_statistics:
+            raise ValueError("with batch statistics gap measures channel prompts alone; call eval() on the backbone")
+        search = _Tuning(lambda y: suffix(y, *skips), result, axis, has_gain=parameters == "both")
+    found, limit, values = [], 0.0, None
+    if search is not None:
+        limit = distance(search.unexplained(drift), torch.zeros_like(plain))
+    for index, (norm, target) in enumerate(zip(norms, targets, strict=True)):
         with torch.no_grad():
             linear = suffix(result + norm * moved, *skips)
-            distances = [float((other - target).norm() / plain.norm()) for other in (plain, linear)]
-            arrived = network.read(place, norm * direction)
-            tuning = distances[0] if solve is None else solve.distance(target, arrived, num_iterations)
-        found.append(Gap(norm=norm, effect=distances[0], tuning=tuning, first_order=distances[1]))
+            shift = (network.read(place, norm * direction) - result).movedim(axis, -1).flatten(0, -2).mean(0)
+        tuning, is_converged = distance(target, plain), True
+        if search is not None:
+            starts = [search.zero, torch.cat([shift, search.zero[len(shift) :]])]
+            if values is not None:
+                starts.append(values * (norm / norms[index - 1]))
+            values, is_converged = search.nearest(target, starts, num_rounds)
+            tuning = distance(search(values), target)
+        found.append(
+            Gap(
+                norm=norm,
+                effect=distance(target, plain),
+                tuning=tuning,
+                is_converged=is_converged,
+                linear=norm * limit,
+                first_order=distance(linear, target),
+            )
+        )
     return found
 
 
 class _Tuning:
     """Gamma and beta of a layer whose result goes through a suffix: ``(1 + gain) * result + shift``."""
 
-    def __init__(
-        self, suffix: Callable[[Tensor], Tensor], result: Tensor, axis: int, parameters: str, is_coupled: bool
-    ) -> None:
-        if is_coupled:
-            raise ValueError("with batch statistics gap measures channel prompts alone; call eval() on the backbone")
+    def __init__(self, suffix: Callable[[Tensor], Tensor], result: Tensor, axis: int, has_gain: bool) -> None:
         self.suffix, self.result, self.axis = suffix, result, axis
-        num, width = len(result), result.shape[axis]
-        self.num_values = width if parameters == "beta" else 2 * width
-        values = result.new_zeros(num, self.num_values, requires_grad=True)  # one tuning an image: rows of its own
-        features = self(values)
-        if features.numel() < self.num_values:
+        self.zero = result.new_zeros((1 + has_gain) * result.shape[axis])
+        features = self(self.zero)
+        if features.numel() < len(self.zero):
             raise ValueError(
-                f"{features.numel()} features of {num} images do not determine {self.num_values} values; "
-                f"pass at least {-(-self.num_values // features.shape[1])} images"
+                f"{features.numel()} features of {len(result)} images do not determine {len(self.zero)} values; "
+                f"pass at least {-(-len(self.zero) // features.shape[1])} images"
             )
-        rows = [torch.autograd.grad(column.sum(), values, retain_graph=True)[0] for column in features.unbind(1)]
-        self.inverse = torch.linalg.pinv(torch.stack(rows, 1).flatten(0, 1))
-        self.plain = features.detach()
+        self.rounding = _ROUNDING * float(features.norm())
+        self.linearize(self.zero)
 
     def __call__(self, values: Tensor) -> Tensor:
         width, rank = self.result.shape[self.axis], self.result.ndim - 1
         shift, *gain = (spread(part, rank, self.axis) for part in values.split(width, dim=-1))
         return self.suffix(self.result * (1 + gain[0] if gain else 1) + shift)
 
-    def distance(self, target: Tensor, arrived: Tensor, num_iterations: int) -> float:
-        """From the nearest tuning, relative to the norm of the features.
+    def linearize(self, values: Tensor) -> None:
+        """Take the features' derivative at a tuning, without the directions that have no effect."""
+        each = values.expand(len(self.result), -1).clone().requires_grad_()  # one tuning an image: rows of its own
+        columns = self(each).unbind(1)
+        rows = [torch.autograd.grad(column.sum(), each, retain_graph=True)[0] for column in columns]
+        left, sizes, right = torch.linalg.svd(torch.stack(rows, 1).flatten(0, 1), full_matrices=False)
+        has_effect = sizes > 1e-10 * sizes[0]
+        self.left, self.steps = left[:, has_effect], right[has_effect] / sizes[has_effect, None]
 
-        Args:
-            arrived: The layer's result under the prompt; the search starts from its mean shift, if not from zero.
+    def unexplained(self, change: Tensor) -> Tensor:
+        """What the derivative leaves of a change of the features."""
+        return change - (self.left @ (self.left.T @ change.flatten())).view_as(change)
+
+    def nearest(self, target: Tensor, starts: Sequence[Tensor], num_rounds: int) -> tuple[Tensor, bool]:
+        """The nearest tuning that is found, from the best of some starts, and whether it is a local minimum.
+
+        BFGS in coordinates in which the derivative is orthonormal, taken again where it no longer serves. There the
+        gradient is what the derivative explains of the distance; at a minimum it explains nothing (less than a
+        thousandth: the criterion of Bates and Watts).
         """
-        values, features = self.result.new_zeros(self.num_values), self.plain
-        shift = (arrived - self.result).movedim(self.axis, -1).flatten(0, -2).mean(0)
-        mean = torch.cat([shift, values[len(shift) :]])
-        if (target - self(mean)).norm() < (target - features).norm():
-            values, features = mean, self(mean)
-        for _ in range(num_iterations):
-            step = self.inverse @ (target - features).flatten()
-            tried = (self(values + 0.5**k * step) for k in range(6))  # shorter, where the whole step leads away
-            missed = (target - features).norm()
-            closer = next(
-                ((k, other) for k, other in enumerate(tried) if (target - other).norm() < 0.999 * missed), None
+        size = (target - self(self.zero)).norm().detach()
+
+        def missed(values: Tensor) -> Tensor:
+            return (self(values) - target).norm() / size
+
+        with torch.no_grad():
+            values = min(starts, key=lambda start: float(missed(start)))
+            if missed(values) * size <= self.rounding:
+                return values, True
+        for index in range(num_rounds):
+            if index:
+                self.linearize(values)
+            taken = values.new_zeros(len(self.steps), requires_grad=True)
+
+            def loss(start: Tensor = values, taken: Tensor = taken) -> Tensor:
+                value = missed(start + size * (taken @ self.steps)).square() / 2
+                (taken.grad,) = torch.autograd.grad(value, taken)
+                return value.detach()
+
+            bfgs = torch.optim.LBFGS(
+                [taken], max_iter=10, tolerance_grad=1e-6, tolerance_change=1e-9, line_search_fn="strong_wolfe"
             )
-            if closer is None:
-                break
-            values, features = values + 0.5 ** closer[0] * step, closer[1]
-        return float((target - features).norm() / self.plain.norm())
+            bfgs.step(loss)
+            left = (2 * loss()).sqrt()
+            values = values + size * (taken.detach() @ self.steps)
+            if taken.grad is not None and taken.grad.norm() <= 1e-3 * left:
+                return values, True
+        return values, False
 
 
 def descend(

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from apthory import sites
+from apthory.equivalence.layers import BATCH_NORM, Edge, statement, statistics_owner, uses_batch_statistics
 from apthory.prompts import ActivationPrompt, Shape
 
 TOLERANCE = 1e-12  # relative, in float64: what "exact" means here
-Statement = Literal["E1", "E2", "E3", "E4", "E5", "E7", "E8"]
-Kind = Literal["exact", "null", "absorbed", "border", "first order", "larger"]
+Kind = Literal["exact", "no bias", "null", "absorbed", "border", "varying", "not found"]
 
 
 def fold(
@@ -24,28 +24,35 @@ def fold(
 ) -> nn.Module:
     """A copy of the backbone with the prompt inside one bias: the same features, at no cost.
 
-    The layers next to the site are tried, on the backbone itself: the prompt folds into a bias if it reaches the
-    layer's result as one and the same shift, and if nothing else changes.
+    The layers next to the site are tried, on the backbone itself: the prompt folds into a bias if any prompt of its
+    shape reaches the layer's result as one and the same shift, if nothing else changes, and if so it is for this one.
 
     Args:
         images: Normalized images to decide on; random ones by default.
 
     Raises:
-        ValueError: If no bias near the site equals this prompt.
+        ValueError: If no bias near the site equals this prompt, or a BatchNorm uses batch statistics.
     """
+    if uses_batch_statistics(backbone):
+        raise ValueError(
+            "a BatchNorm of this backbone uses batch statistics, which remove prompts (E2); fold a backbone that is "
+            "used as it was trained: call eval(), with running statistics"
+        )
     network = Network(backbone, prompt.site, images)
-    delta = prompt.delta.detach().double()
-    probe = network.random_prompt() if delta.numel() == network.num_channels else network.random_prompt("full")
-    found = network.closest(probe)
-    if found is None or found.difference > TOLERANCE:
+    prompt(prompt.delta.new_zeros(1, *network.unit))  # refuses a prompt that does not fit
+    delta = prompt.delta.detach().to(network.device, torch.float64)
+    found = network.closest(network.scale * network.draw(*delta.shape))
+    shift = network.shift(found.layer, found.is_before, delta) if found else None
+    if found and found.difference <= TOLERANCE and shift is not None:
+        found = replace(found, difference=network.missed(found.layer, shift, network(delta)))
+    if found is None or shift is None or found.difference > TOLERANCE:
         raise ValueError(
             f"no bias near {prompt.site!r} equals this prompt"
             + (f": {found.layer}.bias leaves a relative difference of {found.difference:.1g}" if found else "")
             + "; diagnose(backbone, site) says what holds there"
         )
-    shift = network.shift(found.layer, found.is_before, delta)
     folded = copy.deepcopy(backbone)
-    bias = folded.get_parameter(f"{found.layer}.bias")
+    bias = folded.get_parameter(found.parameter)
     with torch.no_grad():
         bias.copy_((bias + shift).to(bias.dtype))
     return folded
@@ -56,7 +63,7 @@ class Diagnosis:
     """What prompts can do at a site, as measured on the backbone."""
 
     site: str
-    statement: Statement
+    statement: str  # "E1" to "E8", or empty where none was shown to hold
     kind: Kind  # of a channel prompt
     sentence: str
     target: str  # of the biases near the site, the one whose shift comes closest to a channel prompt; or empty
@@ -77,7 +84,7 @@ def diagnose(
 
     The prompts are as large as the activations. Null directions are the kernel of the features' Jacobian at several
     images and prompts, then tried with prompts ten times as large; this takes about as many backward passes of one
-    image as the site has channels. A backbone in train mode is diagnosed with its batch statistics.
+    image as the site has channels. A BatchNorm in train mode is diagnosed with its batch statistics.
 
     Args:
         images: A few normalized images; random ones by default.
@@ -93,31 +100,36 @@ def diagnose(
         is_larger = difference(network(full), network(network.mean_over_positions(full))) > TOLERANCE
     found = network.closest(probe) or _Bias("", False, effect)
     target, distance = found.parameter, found.difference
-    statement: Statement
+    holds: str
     kind: Kind
     if len(basis) == network.num_channels:
         target, distance = "", effect
-        statement, kind, sentence = "E8", "null", "A channel prompt changes nothing."
-        if backbone.training:
-            statement, sentence = "E2", "Batch statistics remove a channel prompt; in eval mode it is a shift."
+        holds, kind, sentence = "E8", "null", "A channel prompt changes nothing."
+        if network.uses_batch_statistics:
+            holds, sentence = "E2", "Batch statistics remove a channel prompt; in eval mode it is a shift."
     elif distance <= TOLERANCE:
-        statement, kind = _statement(backbone.get_submodule(found.layer), found.is_before), "exact"
+        holds, kind = statement(backbone.get_submodule(found.layer), found.edge), "exact"
         sentence = f"A channel prompt is a shift of {target}."
     elif is_absorbed:
         target, distance = "", effect
-        statement, kind, sentence = "E8", "absorbed", "A channel prompt shifts the features of all images alike."
+        holds, kind, sentence = "E8", "absorbed", "A channel prompt shifts the features of all images alike."
     elif border := network.border(found, probe):
-        statement, kind = "E5", "border"
+        holds, kind = "E5", "border"
         sentence = f"A channel prompt is a shift of {target}, but for zero padding: {border} positions differ."
-    elif norm := network.norm_fed():
-        statement, kind = "E4", "first order"
-        sentence = f"A channel prompt is a shift after {norm} to first order only, and not the same at all positions."
+    elif (norm := network.norm_fed()) and isinstance(backbone.get_submodule(norm), BATCH_NORM):
+        target, distance = "", effect
+        holds, kind = "E2", "no bias"
+        sentence = f"A channel prompt is a shift after {norm}, which has no bias to hold it."
+    elif norm:
+        holds, kind = "E4", "varying"
+        owner = statistics_owner(backbone.get_submodule(norm))
+        sentence = f"Behind {norm} a channel prompt is another shift for each {owner}, even to first order."
     else:
-        statement, kind = "E7", "larger"
-        sentence = f"No bias near the site does what a channel prompt does; {target or 'none'} comes closest."
+        holds, kind = "", "not found"
+        sentence = f"No bias tried equals a channel prompt; {target or 'none'} comes closest."
     return Diagnosis(
         site=network.site,
-        statement=statement,
+        statement=holds,
         kind=kind,
         sentence=sentence,
         target=target,
@@ -130,13 +142,6 @@ def diagnose(
         null_directions=network.name_directions(basis),
         null_positions=null_positions,
     )
-
-
-def _statement(layer: nn.Module, is_before: bool) -> Statement:
-    """The statement behind a prompt that folds into this layer's bias."""
-    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-        return "E1" if is_before else "E2"
-    return "E3" if isinstance(layer, sites.NORMS) else "E5"
 
 
 def difference(a: Tensor, b: Tensor, scale: Tensor | None = None) -> float:
@@ -161,6 +166,11 @@ class _Bias:
     def parameter(self) -> str:
         return f"{self.layer}.bias" if self.layer else ""
 
+    @property
+    def edge(self) -> Edge:
+        """Of the layer, on which the site lies."""
+        return "output" if self.is_before else "input"
+
 
 class Network:
     """A float64 copy of a backbone on some images, with prompts at one site."""
@@ -171,8 +181,9 @@ class Network:
         self.model = copy.deepcopy(backbone).double().requires_grad_(False)
         self.still = copy.deepcopy(self.model).eval()  # for shapes, which do not depend on the mode
         for module in self.model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:  # what runs along has no effect
+            if isinstance(module, BATCH_NORM) and module.training:  # what runs along has no effect
                 module.running_mean = module.running_var = module.num_batches_tracked = None
+        self.uses_batch_statistics = uses_batch_statistics(self.model)
         self.device = next(self.model.parameters()).device
         if images is None:
             images = torch.randn(8, *sites.site_shape(self.still, ":input"), generator=self.generator)
@@ -182,7 +193,7 @@ class Network:
             z = self.read(self.site)
             if not torch.equal(self(), self()):
                 raise ValueError("the backbone is random: call eval(), or eval() on its dropout layers alone")
-        self.scale = float(z.square().mean().sqrt())
+        self.scale = float(z.square().mean().sqrt()) or 1.0  # an activation that is zero has no size
         self.unit = tuple(z.shape[1:])
         self.num_channels = self.unit[self.axis]
         self.num_positions = z[0].numel() // self.num_channels
@@ -263,7 +274,9 @@ class Network:
     def closest(self, delta: Tensor) -> _Bias | None:
         """Of two biases before the site and two after it, the first that is exact, else the closest."""
         here = self.order.index("")
-        with_bias = [n if n and self.model.get_submodule(n).bias is not None else "" for n in self.order]
+        with_bias = [
+            n if n and getattr(self.model.get_submodule(n), "bias", None) is not None else "" for n in self.order
+        ]
         before = [name for name in with_bias[:here][::-1] if name][:2]
         after = [name for name in with_bias[here + 1 :] if name][:2]
         prompted = self(delta)
@@ -271,11 +284,15 @@ class Network:
         for name, is_before in [(name, True) for name in before] + [(name, False) for name in after]:
             shift = self.shift(name, is_before, delta)
             if shift is not None:
-                shifted = self(None, {f"{name}.bias": self.model.get_parameter(f"{name}.bias") + shift})
-                found.append(_Bias(name, is_before, difference(shifted, prompted)))
+                found.append(_Bias(name, is_before, self.missed(name, shift, prompted)))
                 if found[-1].difference <= TOLERANCE:
                     return found[-1]
         return min(found, key=lambda bias: bias.difference, default=None)
+
+    def missed(self, layer: str, shift: Tensor, prompted: Tensor) -> float:
+        """How far the features with a shifted bias are from those with a prompt."""
+        name = f"{layer}.bias"
+        return difference(self(None, {name: self.model.get_parameter(name) + shift}), prompted)
 
     def shift(self, layer: str, is_before: bool, delta: Tensor) -> Tensor | None:
         """The shift of a bias that comes closest to the prompt, at the site or at the layer's result."""
@@ -325,7 +342,7 @@ class Network:
         num = len(self.images)
         sizes = torch.tensor([0.0, 1.0, 3.0, 10.0]).repeat(num)[:num] * self.scale  # wakes what a ReLU keeps asleep
         start = self.spread(self.draw(num, self.num_channels) * sizes.to(self.device)[:, None])
-        start = (start[1:2] if self.model.training else start).expand(num, *self.unit)
+        start = (start[1:2] if self.uses_batch_statistics else start).expand(num, *self.unit)
         delta = start.clone().requires_grad_()
         features = self(delta)
         rows: list[Tensor] = []
@@ -334,7 +351,7 @@ class Network:
             (gradient,) = torch.autograd.grad(features, delta, self.draw(*features.shape), retain_graph=True)
             reach += gradient.abs().sum(0)
             by_channel = self.by_channel(gradient)
-            if self.model.training:  # images meet in batch statistics
+            if self.uses_batch_statistics:  # images meet in batch statistics
                 by_channel = by_channel.flatten(0, 1)[None]
             # Relative to what would be there if nothing cancelled, so that rounding is told from a small effect.
             largest = by_channel.abs().sum(1).amax(1, keepdim=True).clamp_min(1e-300)
