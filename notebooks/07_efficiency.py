@@ -62,7 +62,7 @@ print("hardware:", measured[0]["device"])
 # %%
 PANELS = {
     "step time (ms an image)": (("step_seconds", 1e3 / batch_size), ("cached_step_seconds", 1e3 / batch_size)),
-    "step FLOPs / forward FLOPs": (("step_flops", None), ("cached_step_flops", None)),
+    "step / forward FLOPs": (("step_flops", None), ("cached_step_flops", None)),
     "peak memory (MiB)": (("step_bytes", 2.0**-20), ("cached_step_bytes", 2.0**-20)),
     "prompt parameters": (("parameters", 1),),
 }

@@ -7,13 +7,14 @@
 # ---
 
 # %% [markdown]
-# # One backward pass does not tell which layer to prompt, unless layers differ much
+# # One backward pass does not tell which layer to prompt
 #
 # Training a prompt at every layer is dear. Can the layer be told before any prompt is trained? We fit a linear probe,
 # whose head rests on one half of the training images, and take on the other half the gradients
 # $g_i = \partial L_i / \partial d$ for a prompt $d$ at every site at once (then the halves are swapped). Scores:
 #
-# - **T1, coherence** $|\mathrm{E}g|^2 / \mathrm{E}|g|^2$, without bias: how much of the gradient all images share;
+# - **T1, coherence** $|\mathrm{E}g|^2 / \mathrm{E}|g|^2$: how much of the gradient all images share. The estimate is
+#   unbiased for independent draws; the halves are stratified by class, which makes it, and the gain, somewhat low;
 # - **T2, windows**: positions that all gradients cover together, over the positions that one reaches;
 # - **T3, gain**: to first order a prompt of norm $\rho$ lowers the loss by $\rho\,|\mathrm{E}g|$, where $\rho$ is the
 #   norm of the site's own activation; to second order (Gauss-Newton $H$) by
@@ -174,7 +175,7 @@ with figures.theme(width=1.0, rows=1.35):
 # ## Why: little to tell, and a gradient that is noise
 #
 # Left: coherence by depth, one line a task. Most values lie near zero, where the proposition above puts them, and many
-# below: with a head at rest the images' gradients cancel. Right: for each task, how far accuracy spreads over sites
+# below: with a head at rest the images' gradients cancel, and stratified halves push the estimate down. Right: for each task, how far accuracy spreads over sites
 # against how well two scores rank them. Where sites differ by no more than the test's own noise (the bar: twice the
 # standard error of a difference of two sites, median over pairs with the best one), no score can rank them.
 
@@ -317,11 +318,11 @@ pd.concat(beside, axis=1, join="inner").round(3)
 #
 # What came out on real images (small suite): no score reaches a rank correlation of 0.8 on any backbone, and neither
 # does the validation accuracy of the trained prompts themselves, at about 0.5 on the micro backbones: on most tasks the
-# sites differ by less than six points, and their order is mostly noise. On the two tasks where they differ by more
-# than twelve (traffic signs and hand signs), gain and found score rank them at 0.67 to 0.98. That division was seen
-# afterwards and is no verdict. The search stays within an eighth of the sweep's FLOPs; on the CNN it loses next to
-# nothing, on the ViT about two points: there the score puts early sites first, whose long suffixes leave no budget for
-# others.
+# sites differ by less than six points, of which some two would be noise alone. On the two tasks where they differ by
+# more than twelve (traffic signs and hand signs) the gain ranks them at 0.67 to 0.97; depth alone, shallower being
+# better, does as well. That division was seen afterwards and is no verdict. The search stays within an eighth of the
+# sweep's FLOPs; on the CNN it loses next to nothing, on the ViT about two points: there the score puts early sites
+# first, whose long suffixes leave no budget for others. It starts from the score that was found on four of these tasks.
 
 # %%
 verdicts = []
