@@ -175,9 +175,10 @@ with figures.theme(width=1.0, rows=1.35):
 # ## Why: little to tell, and a gradient that is noise
 #
 # Left: coherence by depth, one line a task. Most values lie near zero, where the proposition above puts them, and many
-# below: with a head at rest the images' gradients cancel, and stratified halves push the estimate down. Right: for each task, how far accuracy spreads over sites
-# against how well two scores rank them. Where sites differ by no more than the test's own noise (the bar: twice the
-# standard error of a difference of two sites, median over pairs with the best one), no score can rank them.
+# below: with a head at rest the images' gradients cancel, and stratified halves push the estimate down. Right: for
+# each task, how far accuracy spreads over sites against how well two scores rank them. Where sites differ by no more
+# than the test's own noise (the bar: twice the standard error of a difference of two sites, median over pairs with the
+# best one), no score can rank them.
 
 # %%
 spread, lines = [], []
