@@ -87,10 +87,12 @@ def rank_sites(
             f"cannot rank by {score!r}; there are {', '.join(SCORES)}, of which {' and '.join(SECOND_ORDER)} want "
             "num_second_order above 0"
         )
-    if not (8 <= num_examples <= 1000 and 0 <= num_second_order <= 200):
+    if not (8 <= num_examples <= 1000 and (num_second_order == 0 or 4 <= num_second_order <= 200)):
         raise ValueError(
-            f"num_examples is {num_examples} and num_second_order {num_second_order}; give 8 to 1000 and 0 to 200"
+            f"num_examples is {num_examples} and num_second_order {num_second_order}; give 8 to 1000 images, and 0 or "
+            "4 to 200 of them (halves of halves must not be empty)"
         )
+    training.check_ready(backbone, task)
     every = sites.list_sites(backbone)
     places = every[1:] if places is None else [sites.resolve(backbone, site) for site in places]
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused kernels: no forward mode
@@ -370,6 +372,8 @@ def find_site(
     Raises:
         ValueError: If the budget does not buy the scores and one whole training.
     """
+    if not 0 < budget <= 1:
+        raise ValueError(f"a budget of {budget:g}: give a share of the exhaustive sweep's FLOPs, above 0 and at most 1")
     recipe = recipe or training.Recipe()
     split = task.split(seed, recipe.num_train, recipe.num_validation, recipe.num_test)
     recipe = replace(recipe, num_train=len(split.train), num_validation=len(split.validation))
@@ -403,10 +407,12 @@ def find_site(
             field = [_Candidate(fit.method.site, fit.configuration.learning_rate) for fit in fits]
     if not fits:
         cheapest = min(race.cost([candidate], recipe) for candidate in distance)
-        least = (race.spent + cheapest) / exhaustive
+        least = math.ceil(1000 * (race.spent + cheapest) / exhaustive) / 1000
         raise ValueError(
             f"a budget of {budget:g} of the exhaustive sweep buys no whole training; at least {least:.3f} does"
         )
+    if not fits[0].epoch:
+        raise ValueError(f"no prompt ever had a finite loss at the rates {learning_rates}; choose lower rates")
     return Search(
         fits=tuple(fits),
         trials=pd.DataFrame(race.trials),

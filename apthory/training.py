@@ -145,14 +145,7 @@ def fit(
     """
     configurations = [Configuration()] if configurations is None else list(configurations)
     recipe = recipe or Recipe()
-    if backbone.training or any(parameter.requires_grad for parameter in backbone.parameters()):
-        raise ValueError("the backbone is in train mode or its weights want gradients; call backbones.freeze(model)")
-    side, expected = task.train.pixels.shape[-1], backbones.input_size(backbone)
-    if side != expected:
-        raise ValueError(
-            f"the task's images are {side} pixels wide, the backbone takes {expected}; load the task with "
-            f"size={expected}, or the backbone with input_size={side} (img_size={side} if it is a ViT)"
-        )
+    check_ready(backbone, task)
     split = task.split(configurations[0].seed, recipe.num_train, recipe.num_validation, recipe.num_test)
     if len(split.train) < min(len(split.validation), recipe.num_train or math.inf):
         warnings.warn(
@@ -166,6 +159,18 @@ def fit(
     if backbones.digest(backbone) != before:
         raise RuntimeError("the frozen backbone changed during training; something else holds a reference to it")
     return fits
+
+
+def check_ready(backbone: nn.Module, task: Task) -> None:
+    """Raise ValueError unless the backbone is frozen and takes images of the task's size."""
+    if backbone.training or any(parameter.requires_grad for parameter in backbone.parameters()):
+        raise ValueError("the backbone is in train mode or its weights want gradients; call backbones.freeze(model)")
+    side, expected = task.train.pixels.shape[-1], backbones.input_size(backbone)
+    if side != expected:
+        raise ValueError(
+            f"the task's images are {side} pixels wide, the backbone takes {expected}; load the task with "
+            f"size={expected}, or the backbone with input_size={side} (img_size={side} if it is a ViT)"
+        )
 
 
 def evaluate(task: Task, fits: Sequence[Fit]) -> list[Evaluation]:

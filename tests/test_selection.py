@@ -1,6 +1,8 @@
 """Scores and the search: gradients as a slow loop gives them, costs as they are counted, budgets that hold."""
 
+import copy
 import itertools
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -123,7 +125,7 @@ def test_after_the_last_pooling_no_alignment_is_left_for_a_prompt():
         ({"score": "luck"}, "cannot rank by 'luck'; there are coherence, windows, gain"),
         ({"score": "newton"}, "newton and alignment want num_second_order above 0"),
         ({"num_examples": 1001}, "num_examples is 1001"),
-        ({"num_second_order": 201}, "num_second_order 201; give 8 to 1000 and 0 to 200"),
+        ({"num_second_order": 201}, "num_second_order 201; give 8 to 1000 images, and 0 or 4 to 200"),
         ({"places": ["blocks.9:input"]}, "no module 'blocks.9'"),
     ],
 )
@@ -236,8 +238,27 @@ def test_a_budget_that_buys_nothing_says_what_would():
         ValueError, match=r"a budget of 0\.01 .* buys no whole training; at least (0\.\d+) does"
     ) as error:
         selection.find_site(model, task, RECIPE, budget=0.01, learning_rates=RATES)
-    least = float(str(error.value).split("at least ")[1].split()[0]) + 0.001
+    least = float(str(error.value).split("at least ")[1].split()[0])
     assert selection.find_site(model, task, RECIPE, budget=least, learning_rates=RATES).share <= least
+
+
+@pytest.mark.parametrize("budget", [0.0, -1.0, 1.5, math.inf])
+def test_a_budget_is_a_share(budget: float):
+    with pytest.raises(ValueError, match="give a share of the exhaustive sweep's FLOPs, above 0 and at most 1"):
+        selection.find_site(tiny.backbone("vit"), tiny.task(), RECIPE, budget=budget, learning_rates=RATES)
+
+
+def test_a_backbone_that_is_not_frozen_is_refused_before_anything_runs():
+    model = copy.deepcopy(tiny.backbone("resnet")).train()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"call backbones.freeze\(model\)"):
+        selection.rank_sites(model, tiny.task())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_second_order_scores_of_a_few_images_are_refused():
+    with pytest.raises(ValueError, match=r"num_second_order 1; give 8 to 1000 images, and 0 or 4 to 200 of them"):
+        selection.rank_sites(tiny.backbone("vit"), tiny.task(), num_second_order=1)
 
 
 # ------------------------------------------------------------------------------------- records and command
