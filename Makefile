@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python -m
 SCRATCH := build/notebooks
 
 .DEFAULT_GOAL := help
-.PHONY: help figures figure small bench test lint format notebooks-check clean venv
+.PHONY: help figures figure small gpu bench test lint format notebooks-check clean venv
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -25,6 +25,22 @@ small: ## run the small suite on the images in APTHORY_DATA; resumes where it wa
 	@$(MAKE) --no-print-directory venv
 	APTHORY_DATA="$(abspath $(APTHORY_DATA))" APTHORY_WEIGHTS="$(abspath $(APTHORY_WEIGHTS))" \
 	  $(RUN) apthory run --suite small
+
+# Every step resumes where it was stopped, after an epoch, a cell or a notebook at most, so short leases will do:
+# timeout -s INT 8m make gpu APTHORY_DATA=folder, again and again. Weights stay in checkpoints/.
+PRETRAIN = $(RUN) apthory pretrain $$name --data "$(APTHORY_DATA)" --output checkpoints/$$name --epochs 120 \
+  --batch-size 512 --learning-rate 0.002 --randaugment 7 --mixup 0.2 --keep 0 --keep 5 \
+  --note "Trained on Tiny-ImageNet (ImageNet images): for non-commercial research."
+
+gpu: ## what wants a GPU: backbones, costs at the paper's shapes, five seeds, wider networks; resumes
+	@test -d "$(APTHORY_DATA)" || { echo 'where are the images? make gpu APTHORY_DATA=folder' >&2; exit 2; }
+	@$(MAKE) --no-print-directory venv
+	for name in vit_micro resnet_micro; do $(PRETRAIN) || exit; done
+	$(RUN) apthory run 07 --suite paper
+	$(RUN) apthory sweep S5 --suite paper --data "$(APTHORY_DATA)"
+	for name in vit_small_patch8_224 resnet50; do \
+	  $(PRETRAIN) && cp checkpoints/$$name/$$name.safetensors checkpoints || exit; done
+	$(RUN) apthory sweep wide --suite paper --data "$(APTHORY_DATA)" --weights checkpoints
 
 bench: venv ## measure the prefix cache against a frozen loop without it, side by side
 	$(RUN) apthory bench

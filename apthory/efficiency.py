@@ -94,17 +94,14 @@ def measure_sites(
     """
     model = backbones.load(**backbone)
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    side = backbones.input_size(model)
-    x = torch.randn(batch_size, 3, side, side, generator=generator).to(device)
-    if backbones.is_channels_last(model):
-        x = x.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(num_classes, (1, batch_size), generator=generator).to(device)
+    x, labels = _random_batch(model, batch_size, num_classes)
     with torch.no_grad():
         forward_flops = count_flops(lambda: model(x)) // batch_size
     places = sites.list_sites(model)
     chosen = places if last_sites is None else [places[0], *places[-last_sites:]]
-    steps = {site: _Step(model, site, x, labels, num_classes, precision) for site in chosen}
+    steps = {
+        site: _Step(model, methods.ActivationPrompting(site=site), x, labels, num_classes, precision) for site in chosen
+    }
     works = {
         (site, name): getattr(step, name) for site, step in steps.items() for name in ("whole", "cached", "inference")
     }
@@ -130,14 +127,76 @@ def measure_sites(
     return {"forward_flops": forward_flops, "sites": rows, "device": device_name(device)}
 
 
+@records.versioned(1)
+def measure_methods(
+    backbone: Mapping[str, Any],
+    batch_size: int,
+    site: str,
+    num_classes: int = 10,
+    precision: str = "auto",
+    num_repeats: int = 7,
+) -> dict[str, Any]:
+    """Costs of a step with each method, as `measure_sites` has them for prompts: no cache, random images.
+
+    Args:
+        backbone: Arguments of `backbones.load`; weights do not matter, ``pretrained=False`` will do.
+        batch_size: Images in a step.
+        site: Of the activation prompt.
+        num_classes: Outputs of the head.
+        precision: As in `training.Recipe`.
+        num_repeats: Timed calls of each step.
+
+    Returns:
+        For a linear probe, a visual prompt, an activation prompt, tuning of all normalization layers and full
+        fine-tuning: parameters with and without the head, FLOPs of a step for an image, peak bytes, seconds of a
+        step and of a forward pass at inference. Then the device.
+    """
+    model = backbones.load(**backbone)
+    device = next(model.parameters()).device
+    x, labels = _random_batch(model, batch_size, num_classes)
+    compared: dict[str, methods.Method] = {
+        "linear": methods.LinearProbe(),
+        "vp": methods.ActivationPrompting(site=":input"),
+        "ap": methods.ActivationPrompting(site=site),
+        "norm": methods.NormTuning(site=":input", layers="all"),
+        "full": methods.FullFineTuning(),
+    }
+    steps = {name: _Step(model, method, x, labels, num_classes, precision) for name, method in compared.items()}
+    works = {(name, part): getattr(step, part) for name, step in steps.items() for part in ("whole", "inference")}
+    seconds = interleaved_seconds(works, num_repeats, device)
+    rows = [
+        {
+            "method": name,
+            "parameters": step.num_parameters,
+            "head_parameters": step.num_head_parameters,
+            "step_flops": count_flops(step.whole) // batch_size,
+            "step_bytes": peak_memory(step.whole, device),
+            "step_seconds": seconds[name, "whole"],
+            "inference_seconds": seconds[name, "inference"],
+        }
+        for name, step in steps.items()
+    ]
+    return {"methods": rows, "device": device_name(device)}
+
+
+def _random_batch(model: nn.Module, batch_size: int, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Random images in the layout that the backbone wants, and random labels."""
+    device, side = next(model.parameters()).device, backbones.input_size(model)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch_size, 3, side, side, generator=generator).to(device)
+    if backbones.is_channels_last(model):
+        x = x.contiguous(memory_format=torch.channels_last)
+    return x, torch.randint(num_classes, (1, batch_size), generator=generator).to(device)
+
+
 class _Step:
-    """One training step of a prompt and a head at a site, as closures to be measured."""
+    """One training step of a method and a head, as closures to be measured."""
 
     def __init__(
-        self, model: nn.Module, site: str, x: Tensor, labels: Tensor, num_classes: int, precision: str
+        self, model: nn.Module, method: methods.Method, x: Tensor, labels: Tensor, num_classes: int, precision: str
     ) -> None:
         self.model, self.x, self.labels, self.precision = model, x, labels, precision
-        self.body = methods.ActivationPrompting(site=site).build(model, 1)
+        self.body = method.build(model, 1)
         self.body.suffix.to(x.device)
         with torch.no_grad(), training.autocast(model, precision):
             self.crossing = self.body.prefix(x)

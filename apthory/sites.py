@@ -47,27 +47,32 @@ _OUT_OF_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul, opera
 # ------------------------------------------------------------------------------------------ public verbs
 
 
-def list_sites(backbone: nn.Module, kind: Literal["block", "norm"] = "block") -> list[str]:
+def list_sites(backbone: nn.Module, kind: Literal["block", "norm", "all"] = "block") -> list[str]:
     """Canonical sites in the order in which the backbone computes them.
 
     Args:
         backbone: Any module that maps one image batch to one tensor.
         kind: ``"block"`` gives ``:input``, the input of every block and the output of the last one. ``"norm"``
             gives the output of the affine map of every normalization layer; where timm fuses an activation into
-            the layer, that is the place just before the activation.
+            the layer, that is the place just before the activation. ``"all"`` gives both.
     """
     try:
         trace = _Trace(backbone)
         called, canonical = trace.modules, trace.canonical
     except UntraceableError:  # modules in the order of their definition, and names as they are
         called, canonical = [name for name, _ in backbone.named_modules()], partial(_named, backbone)
+        if kind == "all":
+            raise
+    norms = [canonical(affine_output(backbone, name)) for name in called if _is_norm(backbone, name)]
     if kind == "norm":
-        return [canonical(affine_output(backbone, name)) for name in called if _is_norm(backbone, name)]
+        return norms
     units = set(_blocks(backbone))
     blocks = [name for name in called if name in units]
-    if not blocks:
-        return [":input", canonical(":output")]
-    return [":input", *(f"{name}:input" for name in blocks), f"{blocks[-1]}:output"]
+    between = [f"{name}:input" for name in blocks] + ([f"{blocks[-1]}:output"] if blocks else [canonical(":output")])
+    if kind == "block":
+        return [":input", *between]
+    order = {node: index for index, node in enumerate(trace.graph.nodes)}
+    return sorted({":input", *between, *norms}, key=lambda name: order[trace.marks[name]])
 
 
 def resolve(backbone: nn.Module, site: str) -> str:
@@ -138,14 +143,23 @@ def affine_output(backbone: nn.Module, norm: str) -> str:
     return f"{norm}.drop:input" if hasattr(backbone.get_submodule(norm), "act") else f"{norm}:output"
 
 
-def capture(backbone: nn.Module, sites: Sequence[str], x: Float[Tensor, "batch *unit"]) -> dict[str, Tensor]:
-    """Activations at the sites during one forward pass, keyed by the names given."""
+def capture(
+    backbone: nn.Module, sites: Sequence[str], x: Float[Tensor, "batch *unit"], keep_of: Edit = Tensor.clone
+) -> dict[str, Tensor]:
+    """Activations at the sites during one forward pass, keyed by the names given.
+
+    Args:
+        keep_of: What to keep of each activation, where not all of it is wanted. A copy by default, since a later layer
+            may work in place on the tensor that it is given.
+    """
     seen: dict[str, Tensor] = {}
 
     def keep(site: str, z: Tensor) -> Tensor:
         if site in seen:
             raise ValueError(f"{site!r}: the backbone calls this module more than once, so the place is not unique")
-        seen[site] = z.clone()  # a later layer may work in place on the tensor that it is given
+        if not isinstance(z, Tensor):
+            raise ValueError(f"{site!r} carries a {type(z).__name__}, not one tensor; choose a site inside or around it")
+        seen[site] = keep_of(z)
         return z
 
     with edited(backbone, {site: partial(keep, site) for site in sites}):

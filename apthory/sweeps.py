@@ -38,6 +38,10 @@ MOBILENET = {
     "mean": [0.5, 0.5, 0.5],
     "std": [0.5, 0.5, 0.5],
 }
+WIDE = (  # pretrained by `make gpu` and not shipped: their weights are files in the folder of APTHORY_WEIGHTS
+    {"name": "vit_small_patch8_224", "weights": "vit_small_patch8_224.safetensors", "img_size": 64},
+    {"name": "resnet50", "weights": "resnet50.safetensors", "input_size": 64},
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +66,10 @@ class Study:
     norm_every: int = 1  # normalization tuning at every n-th site, from the one before the last
     frozen_every: int = 1  # prompts with frozen heads likewise
     full: bool = True  # full fine-tuning as a comparator
+    finer: bool = False  # activation prompts after every normalization layer as well
 
 
+_FIVE_SEEDS = Protocol(recipe=training.Recipe(), seeds=(0, 1, 2, 3, 4), control_seeds=(0, 1, 2, 3, 4))
 STUDIES: dict[str, dict[str, Study]] = {
     "embedded": {
         "S": Study(
@@ -88,6 +94,10 @@ STUDIES: dict[str, dict[str, Study]] = {
             frozen_every=4,
             full=False,
         ),
+    },
+    "paper": {
+        "S5": Study(protocol=_FIVE_SEEDS, finer=True),
+        "wide": Study(protocol=_FIVE_SEEDS, backbones=WIDE),
     },
 }
 
@@ -141,6 +151,8 @@ def cells(study: Study) -> Iterable[dict[str, Any]]:
                     costly.append(_cell(study, backbone, task, {"name": "frozen_head", "site": site}, control=True))
                 if site in with_norm and sites.norms_between(model, site):
                     costly.append(_cell(study, backbone, task, {"name": "norm", "site": site}, control=True))
+            for site in sites.list_sites(model, "norm") if study.finer else ():
+                every.append(_cell(study, backbone, task, {"name": "ap", "site": site}))
             if study.full:
                 costly.append(_cell(study, backbone, task, {"name": "full"}, control=True))
     return every + costly
@@ -274,8 +286,9 @@ def make(method: Mapping[str, Any]) -> methods.Method:
 def table(cells: Iterable[records.Record]) -> pd.DataFrame:
     """One row for each cell and seed.
 
-    Columns: backbone, task, method, site, depth (0 at the input, 1 at the last site), seed, accuracy in percent,
-    correct (by test image), validation_accuracy, learning_rate, relative_norm, seconds of the bundle, record's key.
+    Columns: backbone, task, method, site, depth (0 at the input, 1 at the last block's output), seed, accuracy in
+    percent, correct (by test image), validation_accuracy, learning_rate, relative_norm, seconds of the bundle,
+    record's key.
     """
     rows = []
     for record in cells:
@@ -318,7 +331,7 @@ def best_sites(table: pd.DataFrame) -> pd.DataFrame:
 
 def command(
     study: Annotated[str, typer.Argument(help="names of studies, with commas between")] = "S",
-    suite: Annotated[str, typer.Option(help="embedded or small")] = "small",
+    suite: Annotated[str, typer.Option(help="embedded, small or paper")] = "small",
     data: Annotated[str, typer.Option(help="folder of the tasks; APTHORY_DATA if left out")] = "",
     weights: Annotated[str, typer.Option(help="folder of weight files; APTHORY_WEIGHTS if left out")] = "",
     workers: Annotated[int, typer.Option(min=1, help="processes of one thread each; 1 uses this process")] = 1,
@@ -397,8 +410,17 @@ def _task(name: str, size: int) -> tasks.Task:
 
 @lru_cache
 def _depth(spec: str, site: str) -> float:
-    places = sites.list_sites(backbones.create(**_architecture(json.loads(spec))))
-    return places.index(site) / (len(places) - 1) if site in places else 1.0
+    model = backbones.create(**_architecture(json.loads(spec)))
+    blocks = sites.list_sites(model)
+    if site == ":output":
+        return 1.0
+    if site not in blocks:  # a norm layer: as far between its block's ends as its rank among the block's norms says
+        places = sites.list_sites(model, "all")
+        bounds = [index for index, name in enumerate(places) if name in blocks]
+        position = float(np.interp(places.index(site), bounds, range(len(bounds))))
+    else:
+        position = blocks.index(site)
+    return position / (len(blocks) - 1)
 
 
 def _architecture(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import tiny
 import torch
 from torch import nn
 
-from apthory import bench, efficiency, records, sites
+from apthory import backbones, bench, efficiency, records, sites
 
 
 def test_flops_of_a_linear_layer_are_two_for_a_multiply_add():
@@ -69,6 +69,24 @@ def test_a_full_prompt_has_a_parameter_for_every_unit(costs):
     assert rows.loc["layer4.1:input", "parameters"] == 256 * 2 * 2
     assert (rows["head_parameters"] == 256 * 10 + 10).all()
     assert rows["step_bytes"].iloc[0] > rows["step_bytes"].iloc[-2]
+
+
+def test_each_method_has_its_parameters_and_flops():
+    config = {"backbone": {"name": "resnet_micro"}, "batch_size": 2, "site": "layer3.1:input", "num_repeats": 1}
+    rows = pd.DataFrame(efficiency.measure_methods(**config, precision="float32")["methods"]).set_index("method")
+    model = backbones.load("resnet_micro", device="cpu")
+    gammas = sum(2 * m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    weights = sum(p.numel() for p in model.parameters())
+    image = torch.zeros(2, 3, 64, 64)
+    forward, head = efficiency.count_flops(lambda: model(image)) // 2, 3 * 2 * 256 * 10
+    expected = {"linear": 0, "vp": 3 * 64 * 64, "ap": 128 * 4 * 4, "norm": gammas, "full": weights}
+    assert rows["parameters"].to_dict() == expected
+    assert (rows["head_parameters"] == 2570).all()
+    # A probe runs the backbone forward and the head's two products; a visual prompt the backbone both ways.
+    assert rows.loc["linear", "step_flops"] == forward + head - 2 * 256 * 10
+    assert rows.loc["vp", "step_flops"] == 2 * forward + head
+    assert rows.loc["vp", "step_flops"] > rows.loc["norm", "step_flops"] > rows.loc["ap", "step_flops"]
+    assert rows.loc["full", "step_flops"] > rows.loc["vp", "step_flops"]
 
 
 def test_suffix_shares_fall_from_one():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils import flop_counter
 
-from apthory import backbones, efficiency, input_study, limits, sites
+from apthory import backbones, efficiency, input_study, limits, methods, sites
 from apthory.prompts import ActivationPrompt, PromptedBackbone
 
 DOUBLE = torch.float64
@@ -305,7 +305,8 @@ def one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
 def steps_at_every_site(model: nn.Module, x: Tensor):
     """For each block site the FLOPs of steps as they run, and what the formula takes."""
     labels, count = torch.zeros(1, len(x), dtype=torch.long), efficiency.count_flops
-    steps = {site: efficiency._Step(model, site, x, labels, 7, "float32") for site in sites.list_sites(model)}
+    prompts = {site: methods.ActivationPrompting(site=site) for site in sites.list_sites(model)}
+    steps = {site: efficiency._Step(model, one, x, labels, 7, "float32") for site, one in prompts.items()}
     image = steps[":input"]
     whole = {"forward": count(image.suffix), "attention": limits.attention_flops(image.suffix)}
     visual = count(image.whole)

@@ -406,6 +406,10 @@ def note(order: list[str], name: str, z: Tensor) -> Tensor:
 def test_block_sites_are_the_boundaries_of_blocks():
     blocks = [":input", "blocks.0:input", "blocks.1:input", "blocks.2:input", "blocks.2:output"]
     assert sites.list_sites(tiny.backbone("vit")) == blocks
+    both = sites.list_sites(tiny.backbone("vit"), "all")
+    assert [name for name in both if name in blocks] == blocks
+    assert [name for name in both if name not in blocks] == sites.list_sites(tiny.backbone("vit"), "norm")
+    assert both[:4] == [":input", "blocks.0:input", "blocks.0.norm1:output", "blocks.0.norm2:output"]
     resnet = ["layer1.0:input", "layer1.1:input", "layer2.0:input", "layer3.0:input", "layer4.0:input"]
     assert sites.list_sites(tiny.backbone("resnet")) == [":input", *resnet, "layer4.0:output"]
 

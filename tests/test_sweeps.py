@@ -64,6 +64,27 @@ def names(cells: list[dict]) -> list[tuple[str, str]]:
 # ---------------------------------------------------------------------------------------------- cells
 
 
+def test_finer_studies_prompt_after_every_norm_layer_too(study: sweeps.Study):
+    finer = names(list(sweeps.cells(replace(study, finer=True))))
+    added = [cell for cell in finer if cell not in names(list(sweeps.cells(study)))]
+    assert added == [("ap", f"{place}:output") for place in ("blocks.0.norm1", "blocks.0.norm2", "blocks.1.norm1",
+                                                             "blocks.1.norm2", "norm")]  # fmt: skip
+
+
+def test_a_norm_layer_lies_between_the_ends_of_its_block():
+    spec = json.dumps({"name": "vit_micro"})
+    names = [":input", "blocks.0:input", "blocks.0.norm1:output", "blocks.0.norm2:output", "blocks.1:input"]
+    depths = [sweeps._depth(spec, name) for name in names]
+    assert depths == pytest.approx([0, 1 / 9, 4 / 27, 5 / 27, 2 / 9])
+    assert sweeps._depth(spec, "blocks.7:output") == sweeps._depth(spec, ":output") == 1
+
+
+def test_the_paper_suite_names_networks_that_exist():
+    for spec in sweeps.WIDE:
+        model = backbones.create(**sweeps._architecture(spec))
+        assert len(sites.list_sites(model)) > 10
+
+
 def test_cells_are_prompts_and_cheap_controls_first(study: sweeps.Study):
     assert names(list(sweeps.cells(study))) == [
         ("linear_probe", ""),
@@ -105,10 +126,10 @@ def test_studies_are_found_by_name_and_all_of_a_suite_without():
             sweeps.find_studies(suite, names)
 
 
-@pytest.mark.parametrize("suite", sweeps.STUDIES)
+@pytest.mark.parametrize(("suite", "name"), [("embedded", "S"), ("small", "S"), ("paper", "S5")])
 @pytest.mark.parametrize("backbone", backbones.SHIPPED)
-def test_named_studies_hold_every_block_site_of_the_shipped_backbones(suite: str, backbone: str):
-    study = replace(sweeps.STUDIES[suite]["S"], tasks=("textures",))
+def test_named_studies_hold_every_block_site_of_the_shipped_backbones(suite: str, name: str, backbone: str):
+    study = replace(sweeps.STUDIES[suite][name], tasks=("textures",), finer=False)
     cells = [cell for cell in sweeps.cells(study) if cell["backbone"]["name"] == backbone]
     places = sites.list_sites(backbones.load(backbone, device="cpu"))
     assert [site for name, site in names(cells) if name in ("vp", "ap")] == places[:: study.site_every]
