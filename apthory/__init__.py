@@ -7,7 +7,7 @@ __all__ = [
     "load_backbone", "load_task",
     "list_sites", "resolve", "capture", "edited", "split",
     "ActivationPrompt", "PromptedBackbone", "save_prompt", "load_prompt",
-    "ActivationPrompting", "NormTuning", "LinearProbe", "FullFineTuning", "FixedPrompt",
+    "ActivationPrompting", "NormTuning", "LinearProbe", "FullFineTuning", "FixedPrompt", "VP", "EVP", "AdaViPro",
     "Recipe", "Configuration", "fit", "tune", "evaluate",
     "diagnose", "fold",
 ]  # fmt: skip
@@ -15,7 +15,16 @@ __all__ = [
 if TYPE_CHECKING:
     from apthory.backbones import load as load_backbone
     from apthory.equivalence import diagnose, fold
-    from apthory.methods import ActivationPrompting, FixedPrompt, FullFineTuning, LinearProbe, NormTuning
+    from apthory.methods import (
+        EVP,
+        VP,
+        ActivationPrompting,
+        AdaViPro,
+        FixedPrompt,
+        FullFineTuning,
+        LinearProbe,
+        NormTuning,
+    )
     from apthory.prompts import ActivationPrompt, PromptedBackbone
     from apthory.prompts import load as load_prompt
     from apthory.prompts import save as save_prompt
@@ -28,7 +37,16 @@ else:  # the same names, each from its module when it is first used: torch and t
     _DEFINED_IN = {
         "backbones": ("load_backbone",),
         "equivalence": ("diagnose", "fold"),
-        "methods": ("ActivationPrompting", "FixedPrompt", "FullFineTuning", "LinearProbe", "NormTuning"),
+        "methods": (
+            "ActivationPrompting",
+            "AdaViPro",
+            "EVP",
+            "FixedPrompt",
+            "FullFineTuning",
+            "LinearProbe",
+            "NormTuning",
+            "VP",
+        ),
         "prompts": ("ActivationPrompt", "PromptedBackbone", "load_prompt", "save_prompt"),
         "sites": ("capture", "edited", "list_sites", "resolve", "split"),
         "tasks": ("load_task",),

@@ -136,9 +136,10 @@ def _later(name: str, module: str, summary: str) -> None:
 
 
 _later("pretrain", "pretraining", "Train a micro backbone; resumes where it was interrupted.")
-_later("sweep", "sweeps", "Prompt every site of a backbone on tasks, in bundles.")
+_later("sweep", "studies", "Run studies by name: prompts at every site, prompts on pixels; resumes.")
 _later("layers", "layers", "Rank the layers of a backbone on a task by one backward pass, and name the one to prompt.")
 _later("bench", "bench", "Measure training speed against the bounds, side by side.")
+_later("bench-metrics", "metric_bench", "Race CKA and attention distance against the usual tools, side by side.")
 
 
 def _parse_parameter(text: str) -> tuple[str, Any]:

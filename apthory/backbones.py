@@ -10,6 +10,7 @@ from typing import Any
 import timm
 import torch
 from jaxtyping import Float
+from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
@@ -82,7 +83,7 @@ def load(
         OSError: If the weight file, or timm's download, cannot be had.
     """
     if name in SHIPPED and pretrained and weights is None:
-        weights = Path(str(resources.files("apthory") / "weights" / f"{name}.safetensors"))
+        weights = _shipped(name)
     if weights is not None or not pretrained:
         model = create(name, num_classes, **kwargs)
     elif not timm.is_model(name):
@@ -96,7 +97,7 @@ def load(
                 "pass weights=FILE.safetensors, or pretrained=False for random weights"
             ) from error
     if weights is not None:
-        _fill(model, Path(weights), name, num_classes)
+        _fill(model, weight_file(weights), name, num_classes)
     input_size = input_size or kwargs.get("img_size")
     laid_out = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if input_size and laid_out and set(laid_out) != {input_size}:
@@ -104,6 +105,40 @@ def load(
     own = {"input_size": input_size and (3, input_size, input_size), "mean": mean, "std": std}
     model.pretrained_cfg = _as_dict(model.pretrained_cfg) | {k: tuple(v) for k, v in own.items() if v}
     return freeze(model).to(default_device() if device == "auto" else device)
+
+
+def classifier(
+    name: str, *, weights: str | Path | None = None, device: str | torch.device = "auto", **kwargs: Any
+) -> nn.Linear:
+    """The frozen source classifier that `load` leaves out: on that backbone's features it gives the source logits.
+
+    Args:
+        name: As for `load`.
+        weights: As for `load`; the file must hold the classifier too.
+        device: As for `load`.
+        kwargs: As for `load`; those about images make no difference.
+
+    Raises:
+        ValueError: If the name is unknown, the file has no classifier, or the classifier is not linear in the features.
+        OSError: If the weight file, or timm's download, cannot be had.
+    """
+    if name in SHIPPED and weights is None:
+        weights = _shipped(name)
+    if weights is not None:
+        shape = {key: value for key, value in kwargs.items() if key not in ("input_size", "mean", "std")}
+        num_classes = _num_source_classes(create(name, **shape), weight_file(weights), name)
+    elif timm.is_model(name):
+        num_classes = timm.get_pretrained_cfg(name).num_classes
+    else:
+        create(name)  # raises, naming what there is
+    layer = load(name, weights=weights, num_classes=num_classes, device=device, **kwargs).get_classifier()
+    if not isinstance(layer, nn.Linear) and not (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1)):
+        raise ValueError(f"the classifier of {name!r} is no linear layer on the pooled features: {layer}")
+    weight, bias = layer.weight.flatten(1), layer.bias
+    num_classes, width = weight.shape
+    linear = nn.Linear(width, num_classes, bias=bias is not None, device=weight.device).requires_grad_(False)
+    linear.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
+    return linear
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -156,15 +191,43 @@ def digest(model: nn.Module) -> str:
     return total.hexdigest()
 
 
-def _fill(model: nn.Module, path: Path, name: str, num_classes: int) -> None:
+def weight_file(path: str | Path) -> Path:
+    """The path itself, or the file of that name in the folder that APTHORY_WEIGHTS names.
+
+    Raises:
+        OSError: If there is neither.
+    """
+    path = Path(path)
     if not path.is_file():
         path = Path(os.environ.get("APTHORY_WEIGHTS", ".")) / path
     if not path.is_file():
         raise OSError(f"no weight file {path}; pass weights=FILE.safetensors, or set APTHORY_WEIGHTS to its folder")
+    return path
+
+
+def _shipped(name: str) -> Path:
+    return Path(str(resources.files("apthory") / "weights" / f"{name}.safetensors"))
+
+
+def _classifier_layers(model: nn.Module) -> tuple[str, ...]:
+    """Names of the layers that give the logits."""
+    layers = _as_dict(model.pretrained_cfg).get("classifier", "fc" if hasattr(model, "fc") else "head")
+    return (layers,) if isinstance(layers, str) else tuple(layers)
+
+
+def _num_source_classes(model: nn.Module, path: Path, name: str) -> int:
+    with safe_open(path, "pt") as file:
+        keys = [f"{layer}.weight" for layer in _classifier_layers(model)]
+        if missing := [key for key in keys if key not in file.keys()]:  # noqa: SIM118
+            raise ValueError(f"{path.name} has no {missing[0]!r}, so it holds no source classifier of {name!r}")
+        return int(file.get_slice(keys[0]).get_shape()[0])
+
+
+def _fill(model: nn.Module, path: Path, name: str, num_classes: int) -> None:
     state = {key: value.float() if value.is_floating_point() else value for key, value in load_file(path).items()}
-    head = model.pretrained_cfg.get("classifier", "fc" if hasattr(model, "fc") else "head")
     if not num_classes:
-        state = {key: value for key, value in state.items() if not key.startswith(f"{head}.")}
+        dropped = tuple(f"{layer}." for layer in _classifier_layers(model))
+        state = {key: value for key, value in state.items() if not key.startswith(dropped)}
     own = model.state_dict()
     wrong = [key for key in state if key not in own or own[key].shape != state[key].shape]
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -212,7 +212,8 @@ def measure_trained(
     recipe = training.Recipe(num_epochs=num_epochs, precision="float32")
     [fit] = training.fit(model, data, method, [training.Configuration(learning_rate=learning_rate)], recipe)
     images = training.normalized(model, data.test, fit.split.test[:num_images])
-    [gap] = equivalence.gap(model, fit.prompt, layer, [fit.relative_norm], images=images)
+    prompt = cast(prompts.ActivationPrompt, fit.prompt)
+    [gap] = equivalence.gap(model, prompt, layer, [fit.relative_norm], images=images)
     return {"validation_accuracy": fit.validation_accuracy, **asdict(gap)}
 
 

@@ -6,16 +6,16 @@ given stacks the configurations' examples one after the other.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from apthory import prompts, sites
+from apthory import backbones, pixels, prompts, sites
 
 
 @dataclass
@@ -25,11 +25,39 @@ class Body:
     prefix: nn.Module  # frozen; images -> tensors that cross the cut
     suffix: nn.Module  # tensors for the stacked configurations -> features
     edits: nn.ModuleDict  # the trainable parts, by name; their parameters are stacked by configuration
+    generators: list[torch.Generator] = field(default_factory=list)  # what is random is drawn from, one each
+
+    @property
+    def overlays(self) -> list[pixels.Overlay]:
+        """Edits that draw at random in training, have a schedule of their own, or both."""
+        return [edit for edit in self.edits.values() if isinstance(edit, pixels.Overlay)]
+
+    def start(self, seeds: Sequence[int]) -> None:
+        """Draw what edits begin with, each configuration by its own seed, and keep its generator for later draws."""
+        self.generators = [torch.Generator().manual_seed(7_000_003 * (seed + 1)) for seed in seeds]
+        for overlay in self.overlays:
+            overlay.start(self.generators)
+
+    def begin_epoch(self, epoch: int, num_epochs: int) -> None:
+        """Move schedules by epoch on; epochs count from 0."""
+        for overlay in self.overlays:
+            overlay.begin_epoch(epoch, num_epochs)
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """While this lasts (a training step), edits that draw at random do; otherwise nothing is random."""
+        for overlay in self.overlays:
+            overlay.generators = self.generators
+        try:
+            yield
+        finally:
+            for overlay in self.overlays:
+                overlay.generators = ()
 
     @contextmanager
     def calibrating(self) -> Iterator[None]:
         """While this lasts, prompts note how large the activations are that they see."""
-        shifts = [edit for edit in self.edits.values() if isinstance(edit, Shift)]
+        shifts = [edit for edit in self.edits.values() if isinstance(edit, Shift | pixels.Overlay)]
         for shift in shifts:
             shift.is_calibrating = True
         try:
@@ -108,7 +136,7 @@ class Affine(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationPrompting:
-    """A prompt at one site, and a head; at ``:input`` visual prompting (Bahng et al. 2022, full image)."""
+    """A prompt at one site, and a head; at ``:input`` one on the whole normalized image."""
 
     name: ClassVar[str] = "ap"
     site: str  # where the prompt is added
@@ -210,10 +238,118 @@ class FullFineTuning:
         return Body(prefix, _Copies(copies), nn.ModuleDict({"weights": copies}))
 
 
-Method = ActivationPrompting | NormTuning | LinearProbe | FixedPrompt | FullFineTuning
-METHODS = {
-    method.name: method for method in (ActivationPrompting, NormTuning, LinearProbe, FixedPrompt, FullFineTuning)
+@dataclass(frozen=True, kw_only=True)
+class VP:
+    """Visual prompting: a frame or a patch laid on the image (Bahng et al. 2022, arXiv:2203.17274).
+
+    The recipe's optimizer trains it. The paper's own is SGD with momentum at a rate of 40, a thousand times that of a
+    head: ``Recipe(optimizer="sgd")`` with ``rate=1e3`` or more.
+    """
+
+    name: ClassVar[str] = "vp"
+    width: int | None = None  # pixels on each side, or side of a patch; None: 30 of 224, scaled to the input
+    place: pixels.Place = "frame"  # a patch lies in the upper left corner, a random one elsewhere at each step
+    normalized: bool = True  # added after normalization; otherwise to pixels in [0, 1]
+    init: float = 1.0  # standard deviation of the initial prompt
+    rate: float = 10.0  # learning rate of the prompt, relative to that of the head
+    head: Literal["trained", "frozen"] = "trained"
+    site: ClassVar[str] = ":input"
+
+    def build(self, backbone: nn.Module, num: int) -> Body:
+        layout = pixels.Layout.of(
+            backbone, width=_width(backbone, self.width), place=self.place, normalized=self.normalized
+        )
+        return _overlaid(backbone, pixels.Overlay(layout, num, init=self.init))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EVP:
+    """A frame around a shrunk image, trained on diverse inputs by normalized gradients (Wu et al. 2022).
+
+    The prompt has plain SGD and a cosine by epoch of its own, without warm-up, momentum or decay, whatever the
+    recipe says; the head follows the recipe. Learning rate times `rate` is a pixel's step in [0, 1] (see
+    `pixels.Overlay.descend`): the paper's is 0.18. Without normalization steps are as small as gradients are, and
+    `rate` must be raised by several orders of magnitude.
+
+    References:
+        arXiv:2212.10556.
+    """
+
+    name: ClassVar[str] = "evp"
+    width: int | None = None  # pixels on each side; None: 30 of 224, scaled to the input
+    around: bool = True  # False lays the frame on the whole image instead
+    diversity: tuple[pixels.Diversity, ...] = ("flip", "crop")  # augmentation of training images; () for none
+    normalization: pixels.Normalization = "l2"  # norm that the gradient is divided by
+    rate: float = 10.0  # step of the prompt, relative to the learning rate of the head
+    head: Literal["trained", "frozen"] = "trained"
+    site: ClassVar[str] = ":input"
+
+    def build(self, backbone: nn.Module, num: int) -> Body:
+        layout = pixels.Layout.of(backbone, width=_width(backbone, self.width), around=self.around, normalized=False)
+        overlay = pixels.Overlay(layout, num, diversity=self.diversity, normalization=self.normalization)
+        return _overlaid(backbone, overlay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaViPro:
+    """VP's frame, in those regions of each image that a small network picks by their edges (Yang et al. 2024).
+
+    References:
+        arXiv:2403.13282.
+    """
+
+    name: ClassVar[str] = "adavipro"
+    width: int | None = None  # pixels on each side; None: 30 of 224, scaled to the input
+    region: int | None = None  # side of a region in pixels; None: 32 of 224, scaled to a divisor of the input
+    dim: int = 64  # channels of the mask generator
+    edges: bool = True  # it sees the Laplacian; otherwise the grey image
+    temperature: float = 5.0  # of Gumbel-Softmax in the first epoch
+    decay: float = 0.98  # of the temperature, by epoch
+    floor: float = 0.1  # it falls no further; the paper's own is unknown, and 1000 epochs without one end at 8e-9
+    init: float = 1.0  # standard deviation of the initial prompt
+    rate: float = 10.0  # learning rate of the prompt, relative to that of the head
+    generator_rate: float = 0.25  # of the mask generator: a 40th of the prompt's, as in the paper
+    head: Literal["trained", "frozen"] = "trained"
+    site: ClassVar[str] = ":input"
+
+    def __post_init__(self) -> None:
+        if not (self.temperature > 0 and 0 < self.decay <= 1 and self.floor > 0 and self.dim > 0):
+            raise ValueError(f"{self}: temperature, floor and dim are positive, decay is above 0 and at most 1")
+
+    def build(self, backbone: nn.Module, num: int) -> Body:
+        region = pixels.scaled_region(32, backbones.input_size(backbone)) if self.region is None else self.region
+        layout = pixels.Layout.of(
+            backbone, width=_width(backbone, self.width), region=region, dim=self.dim, edges=self.edges
+        )
+        overlay = pixels.Overlay(
+            layout, num, init=self.init, temperature=self.temperature, decay=self.decay, floor=self.floor
+        )
+        return _overlaid(backbone, overlay)
+
+
+Method = ActivationPrompting | NormTuning | LinearProbe | FixedPrompt | FullFineTuning | VP | EVP | AdaViPro
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (ActivationPrompting, NormTuning, LinearProbe, FixedPrompt, FullFineTuning, VP, EVP, AdaViPro)
 }
+
+
+def relative_rate(method: Method, parameter: str) -> float:
+    """Learning rate of one of the edits' parameters, relative to that of the head."""
+    if isinstance(method, AdaViPro) and ".masks." in parameter:
+        return method.generator_rate
+    return method.rate
+
+
+def _width(backbone: nn.Module, width: int | None) -> int:
+    return pixels.scaled(30, backbones.input_size(backbone)) if width is None else width
+
+
+def _overlaid(backbone: nn.Module, overlay: pixels.Overlay) -> Body:
+    prefix, suffix = sites.split(backbone, ":input", {":input": overlay})
+    if overlay.layout.around:
+        prefix = pixels.Shrink(overlay.layout)
+    return Body(prefix, suffix, nn.ModuleDict({"prompt": overlay}))
 
 
 class _Pooled(nn.Module):

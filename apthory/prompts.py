@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -12,9 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from apthory import backbones, sites
+from apthory.heads import CosineHead
+from apthory.pixels import PixelPrompt
 
 Shape = Literal["full", "channel"]
 _FORMAT = "apthory.prompt/1"
+_PIXELS_FORMAT = "apthory.pixels/1"
 
 
 class ActivationPrompt(nn.Module):
@@ -62,7 +66,9 @@ class ActivationPrompt(nn.Module):
 class PromptedBackbone(nn.Module):
     """A frozen backbone with a prompt, and a head when there is one; maps normalized images to logits."""
 
-    def __init__(self, backbone: nn.Module, prompt: ActivationPrompt, head: nn.Module | None = None) -> None:
+    def __init__(
+        self, backbone: nn.Module, prompt: ActivationPrompt | PixelPrompt, head: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.backbone, self.prompt, self.head = backbone, prompt, head
 
@@ -83,19 +89,30 @@ def prompt_shape(backbone: nn.Module, site: str, shape: Shape = "full") -> tuple
     return tuple(size if index - len(unit) == axis else 1 for index, size in enumerate(unit))
 
 
-def save(path: str | Path, prompt: ActivationPrompt, backbone: nn.Module, head: nn.Linear | None = None) -> Path:
-    """Write a prompt, and its head, as safetensors with the configuration in the metadata; never the backbone."""
+def save(
+    path: str | Path,
+    prompt: ActivationPrompt | PixelPrompt,
+    backbone: nn.Module,
+    head: nn.Module | None = None,
+) -> Path:
+    """Write a prompt, and its head, as safetensors with the configuration in the metadata; never the backbone.
+
+    Args:
+        head: A linear or a cosine head, as `training.Fit` has them.
+    """
+    if not isinstance(head, nn.Linear | CosineHead | None):
+        raise ValueError(f"a head of the kind {type(head).__name__} cannot be saved; take nn.Linear or CosineHead")
     path = Path(path)
-    tensors = {"prompt": prompt.delta.detach()}
+    config: dict[str, object]
+    if isinstance(prompt, PixelPrompt):
+        tensors = {f"prompt.{name}": value for name, value in prompt.overlay.state_dict().items()}
+        config = {"format": _PIXELS_FORMAT, "layout": asdict(prompt.layout)}
+    else:
+        tensors = {"prompt": prompt.delta.detach()}
+        config = {"format": _FORMAT, "site": prompt.site, "shape": prompt.shape}
     if head is not None:
         tensors |= {f"head.{name}": value.detach() for name, value in head.named_parameters()}
-    config = {
-        "format": _FORMAT,
-        "site": prompt.site,
-        "shape": prompt.shape,
-        "backbone": backbones.architecture(backbone),
-        "digest": backbones.digest(backbone),
-    }
+    config |= {"backbone": backbones.architecture(backbone), "digest": backbones.digest(backbone)}
     partial = path.with_name(path.name + ".partial")
     metadata = {"apthory": json.dumps(config)}
     save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial, metadata)
@@ -114,7 +131,7 @@ def load(path: str | Path, backbone: nn.Module) -> PromptedBackbone:
     """
     with safe_open(path, "pt") as file:
         config = json.loads((file.metadata() or {}).get("apthory", "{}"))
-        if config.get("format") != _FORMAT:
+        if config.get("format") not in (_FORMAT, _PIXELS_FORMAT):
             raise ValueError(f"{path} is not a prompt saved by apthory (format {config.get('format')!r})")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     own = backbones.architecture(backbone)
@@ -122,16 +139,25 @@ def load(path: str | Path, backbone: nn.Module) -> PromptedBackbone:
         raise ValueError(f"{path} was trained for the backbone {config['backbone']!r}, not {own!r}; load that one")
     if config["digest"] != backbones.digest(backbone):
         raise ValueError(f"{path} was trained for other weights of {own!r}; load the backbone with those weights")
-    site = sites.resolve(backbone, config["site"])
-    expected = prompt_shape(backbone, site, config["shape"])
-    if tuple(tensors["prompt"].shape) != expected:
-        found = tuple(tensors["prompt"].shape)
-        raise ValueError(f"{path} holds a prompt of shape {found}; {site!r} of this backbone takes {expected}")
-    device = next(backbone.parameters()).device
-    head = None
+    prompt: ActivationPrompt | PixelPrompt
+    if config["format"] == _PIXELS_FORMAT:
+        prompt = PixelPrompt.restore(config["layout"], _part(tensors, "prompt."))
+    else:
+        site = sites.resolve(backbone, config["site"])
+        expected = prompt_shape(backbone, site, config["shape"])
+        if tuple(tensors["prompt"].shape) != expected:
+            found = tuple(tensors["prompt"].shape)
+            raise ValueError(f"{path} holds a prompt of shape {found}; {site!r} of this backbone takes {expected}")
+        prompt = ActivationPrompt(site, tensors["prompt"], config["shape"])
+    head: nn.Linear | CosineHead | None = None
     if "head.weight" in tensors:
         num_classes, width = tensors["head.weight"].shape
-        head = nn.Linear(width, num_classes)
-        head.load_state_dict({"weight": tensors["head.weight"], "bias": tensors["head.bias"]})
-    prompt = ActivationPrompt(site, tensors["prompt"], config["shape"])
+        is_linear = "head.scale" not in tensors
+        head = nn.Linear(width, num_classes) if is_linear else CosineHead(tensors["head.weight"], 1.0)
+        head.load_state_dict(_part(tensors, "head."))
+    device = next(backbone.parameters()).device
     return PromptedBackbone(backbone, prompt, head).to(device).requires_grad_(False).eval()
+
+
+def _part(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
+    return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}

@@ -1,8 +1,10 @@
 """One training loop for every method: a cached frozen prefix, and a bundle of configurations trained together.
 
-The configurations of a bundle (learning rate, weight decay, seed) share backbone, task and method. The frozen
-prefix runs once for every image; after it each step feeds the suffix one batch that stacks a batch of every
-configuration. Validation data chooses epoch and configuration; the test part is used by `evaluate` alone.
+The configurations of a bundle (learning rate, weight decay, seed) share backbone, task, method and kind of head. The
+frozen prefix runs once for every image; after it each step feeds the suffix one batch that stacks a batch of every
+configuration. What is random (augmentation of images, Gumbel noise) lies after the cut and is drawn from each
+configuration's own generator in training steps alone, so the cache stays exact. Validation data chooses epoch and
+configuration; the test part is used by `evaluate` alone.
 """
 
 import math
@@ -20,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from apthory import backbones, prompts
-from apthory.heads import LinearHeads
-from apthory.methods import Body, Method, rms
+from apthory.heads import Heads, HeadSpec, LinearHead
+from apthory.methods import Body, Method, relative_rate
+from apthory.pixels import Overlay, PixelPrompt
 from apthory.progress import progress
 from apthory.tasks import Images, Split, Task
 
@@ -85,22 +88,25 @@ class Fit:
     relative_norm: float  # prompt_norm divided by the mean norm of the activations
     cache_bytes: int  # memory that the prefix's results took
     state: dict[str, Tensor] = field(repr=False)
+    head_spec: HeadSpec  # the kind of head
+    head_shape: tuple[int, int]  # features and classes
 
     @property
-    def prompt(self) -> prompts.ActivationPrompt:
+    def prompt(self) -> prompts.ActivationPrompt | PixelPrompt:
         """The trained prompt, in the units of the activation."""
         if "edits.prompt.values" not in self.state:
             raise ValueError(f"the method {self.method.name!r} has no prompt")
+        overlays = self.method.build(self.backbone, 1).overlays if self.method.site == ":input" else []
+        if overlays:
+            _load(overlays[0], [self.state], "edits.prompt.")
+            return PixelPrompt(overlays[0]).requires_grad_(False)
         delta = self.state["edits.prompt.unit"][0] * self.state["edits.prompt.values"][0]
         return prompts.ActivationPrompt(self.method.site, delta, self.method.shape).requires_grad_(False)
 
     @property
-    def head(self) -> nn.Linear:
-        """The head as an ordinary layer on the backbone's features."""
-        width, num_classes = self.state["heads.weight"].shape[1:]
-        heads = LinearHeads(1, width, num_classes, [torch.Generator()])
-        _load(heads, [self.state], "heads.")
-        return heads.export(0)
+    def head(self) -> nn.Module:
+        """The head as an ordinary module on the backbone's features."""
+        return _restored_heads([self]).cpu().export(0)
 
     @property
     def model(self) -> prompts.PromptedBackbone:
@@ -128,6 +134,7 @@ def fit(
     configurations: Sequence[Configuration] | None = None,
     recipe: Recipe | None = None,
     *,
+    head: HeadSpec | None = None,
     heads: Sequence[Fit] | None = None,
     cache: "PrefixCache | None" = None,
 ) -> list[Fit]:
@@ -136,6 +143,8 @@ def fit(
     Args:
         backbone: Frozen; only the method's edits and the heads receive gradients, and a checksum holds it to that.
         configurations: One by default.
+        head: The kind of head; a trained linear one by default. A label mapping or a text head on a `LinearProbe`
+            leaves nothing to train, and every epoch gives the frozen model's own accuracy: one is enough.
         heads: Fits whose heads a method with a frozen head uses, one for each configuration.
         cache: Results of the same prefix from an earlier bundle on the same task, which this one extends.
 
@@ -155,7 +164,7 @@ def fit(
         )
     before = backbones.digest(backbone)
     with _deterministic(recipe.deterministic):
-        fits = _fit_or_halve(backbone, task, method, configurations, recipe, heads, cache)
+        fits = _fit_or_halve(backbone, task, method, configurations, recipe, head or LinearHead(), heads, cache)
     if backbones.digest(backbone) != before:
         raise RuntimeError("the frozen backbone changed during training; something else holds a reference to it")
     return fits
@@ -177,12 +186,12 @@ def evaluate(task: Task, fits: Sequence[Fit]) -> list[Evaluation]:
     """Accuracy of trained configurations of one bundle on the task's test part. Use it once."""
     first = fits[0]
     for other in fits[1:]:
-        same_run = (other.method, other.recipe) == (first.method, first.recipe) and other.backbone is first.backbone
-        if not same_run or not torch.equal(other.split.test, first.split.test):
+        same_run = all(getattr(other, name) == getattr(first, name) for name in ("method", "recipe", "head_spec"))
+        if not same_run or other.backbone is not first.backbone or not torch.equal(other.split.test, first.split.test):
             raise ValueError(
-                "the fits differ in backbone, method, recipe or test part; evaluate them one bundle at a time"
+                "the fits differ in backbone, method, head, recipe or test part; evaluate them one bundle at a time"
             )
-    body, heads = _restore(first.backbone, task, fits)
+    body, heads = _restore(first.backbone, fits)
     indices = first.split.test
     correct = []
     for chunk in _chunks(indices, len(fits)):
@@ -204,6 +213,7 @@ def tune(
     learning_rates: Sequence[float],
     seeds: Sequence[int],
     *,
+    head: HeadSpec | None = None,
     heads: Sequence[Fit] | None = None,
     max_extensions: int = 2,
 ) -> list[Fit]:
@@ -213,6 +223,7 @@ def tune(
 
     Args:
         learning_rates: Ascending grid.
+        head: The kind of head; a trained linear one by default.
         heads: Fits whose heads a method with a frozen head uses, one for each seed.
 
     Returns:
@@ -225,7 +236,7 @@ def tune(
     def train(rates: Sequence[float]) -> list[Fit]:
         bundle = [Configuration(learning_rate=rate, seed=seeds[0]) for rate in rates]
         repeated = None if first_head is None else list(first_head) * len(bundle)
-        return fit(backbone, task, method, bundle, recipe, heads=repeated, cache=cache)
+        return fit(backbone, task, method, bundle, recipe, head=head, heads=repeated, cache=cache)
 
     tried = train(rates)
     for _ in range(max_extensions if len(rates) > 1 else 0):
@@ -244,7 +255,7 @@ def tune(
     others = [replace(best.configuration, seed=seed) for seed in seeds[1:]]
     if not others:
         return [best]
-    fits = [best, *fit(backbone, task, method, others, recipe, heads=heads and heads[1:], cache=cache)]
+    fits = [best, *fit(backbone, task, method, others, recipe, head=head, heads=heads and heads[1:], cache=cache)]
     if lost := [one.configuration.seed for one in fits if not one.epoch]:
         raise ValueError(f"the loss was never finite for the seeds {lost} at {best.configuration}; choose lower rates")
     return fits
@@ -329,11 +340,12 @@ def _fit_or_halve(
     method: Method,
     configurations: Sequence[Configuration],
     recipe: Recipe,
+    head: HeadSpec,
     heads: Sequence[Fit] | None,
     cache: PrefixCache | None,
 ) -> list[Fit]:
     try:
-        return _fit(backbone, task, method, configurations, recipe, heads, cache)
+        return _fit(backbone, task, method, configurations, recipe, head, heads, cache)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -348,7 +360,8 @@ def _fit_or_halve(
         f"a bundle of {len(configurations)} configurations does not fit the memory ({reason}); halved", stacklevel=3
     )
     parts = (configurations[:half], heads and heads[:half]), (configurations[half:], heads and heads[half:])
-    return [one for part, own in parts for one in _fit_or_halve(backbone, task, method, part, recipe, own, cache)]
+    halves = [_fit_or_halve(backbone, task, method, part, recipe, head, own, cache) for part, own in parts]
+    return [one for half in halves for one in half]
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -370,6 +383,8 @@ class Bundle:
         recipe: Recipe,
         heads: Sequence[Fit] | None = None,
         cache: "PrefixCache | None" = None,
+        *,
+        head: HeadSpec | None = None,
     ) -> None:
         self.backbone, self.task, self.method, self.recipe = backbone, task, method, recipe
         self.configurations = configurations
@@ -377,9 +392,10 @@ class Bundle:
         self.splits = [task.split(c.seed, *sizes) for c in configurations]
         self.device = next(backbone.parameters()).device
         self.body = method.build(backbone, len(configurations))
+        self.body.start([c.seed for c in configurations])
         self.body.suffix.to(self.device)
         self.source, self.cache_bytes = self._make_source(cache)
-        self.heads = self._start()
+        self.heads, self.head_shape = self._start(head or LinearHead())
         if method.head == "frozen":
             if heads is None or len(heads) != len(configurations):
                 num = len(configurations)
@@ -387,6 +403,10 @@ class Bundle:
             _load(self.heads, [one.state for one in heads], "heads.")
             self.heads.requires_grad_(False)
         self.optimizer = _Optimizer(self.body, self.heads, method, configurations, recipe)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Move schedules by epoch on; epochs count from 0."""
+        self.body.begin_epoch(epoch, self.recipe.num_epochs)
 
     def step(self, chunks: Sequence[Int64[Tensor, " image"]], done: float) -> Float[Tensor, " num"]:
         """One update of every configuration; its losses before the update.
@@ -397,11 +417,13 @@ class Bundle:
         """
         labels = torch.stack([self.task.train.labels[chunk] for chunk in chunks]).to(self.device)
         crossing = self.source(torch.cat(list(chunks)))
-        with autocast(self.backbone, self.recipe.precision):
+        with autocast(self.backbone, self.recipe.precision), self.body.drawing():
             features = self.body.suffix(*crossing)
         by_configuration = losses(self.heads(features), labels)
-        by_configuration.sum().backward()
-        self.optimizer.step(done)
+        self.heads.observe(features.detach(), labels)
+        if self.optimizer.has_work:
+            by_configuration.sum().backward()
+            self.optimizer.step(done)
         return by_configuration.detach()
 
     @torch.no_grad()
@@ -439,18 +461,29 @@ class Bundle:
         cache.extend(*arguments, wanted, self.recipe.precision)
         return cache.get, cache.num_bytes
 
-    def _start(self) -> LinearHeads:
+    def _start(self, spec: HeadSpec) -> tuple[Heads, tuple[int, int]]:
         """Initial heads, and the scale of activations and features on some training images."""
-        num = len(self.configurations)
-        crossing = self.source(torch.cat([split.train[:_CALIBRATION] for split in self.splits]))
-        with torch.no_grad(), autocast(self.backbone, self.recipe.precision), self.body.calibrating():
-            features = self.body.suffix(*crossing).float()
+        with self.body.calibrating():
+            features = self._features([split.train[:_CALIBRATION] for split in self.splits])
         if "prompt" in self.body.edits and not self.body.edits["prompt"].activation_norm.all():
             raise ValueError(f"the activation at {self.method.site!r} is zero, so a prompt has no scale; take another")
         generators = [torch.Generator().manual_seed(c.seed) for c in self.configurations]
-        heads = LinearHeads(num, features.shape[1], len(self.task.classes), generators).to(self.device)
-        heads.unit.copy_(rms(features.unflatten(0, (num, -1))).view(-1, 1, 1))
-        return heads
+        shape = (features.shape[1], len(self.task.classes))
+        heads = spec.build(len(generators), *shape, generators).to(self.device)
+        chosen = torch.stack([split.train[: heads.num_start] for split in self.splits])
+        if heads.num_start != _CALIBRATION:
+            parts = [self._features(list(part)) for part in _chunks(chosen, len(chosen))]
+            parts = [part.unflatten(0, (len(chosen), -1)) for part in parts]
+            features = torch.cat(parts, dim=1).flatten(0, 1)
+        heads.start(features, self.task.train.labels[chosen].to(self.device))
+        return heads, shape
+
+    @torch.no_grad()
+    def _features(self, images: Sequence[Int64[Tensor, " image"]]) -> Float[Tensor, "stack width"]:
+        """Of each configuration's own images, before training."""
+        crossing = self.source(torch.cat(list(images)))
+        with autocast(self.backbone, self.recipe.precision):
+            return self.body.suffix(*crossing).float()
 
 
 def _fit(
@@ -459,10 +492,11 @@ def _fit(
     method: Method,
     configurations: Sequence[Configuration],
     recipe: Recipe,
+    head: HeadSpec,
     heads: Sequence[Fit] | None,
     cache: PrefixCache | None,
 ) -> list[Fit]:
-    bundle = Bundle(backbone, task, method, configurations, recipe, heads, cache)
+    bundle = Bundle(backbone, task, method, configurations, recipe, heads, cache, head=head)
     num, num_train = len(configurations), len(bundle.splits[0].train)
     steps = math.ceil(num_train / recipe.batch_size)
     curves: list[tuple[list[float], list[float]]] = [([], []) for _ in configurations]
@@ -471,6 +505,7 @@ def _fit(
     for epoch in progress(range(recipe.num_epochs), desc=f"{task.name} {method.name} {method.site} x{num}"):
         orders = [_order(split.train, c.seed, epoch) for split, c in zip(bundle.splits, configurations, strict=True)]
         totals = torch.zeros(num)
+        bundle.begin_epoch(epoch)
         for step in range(steps):
             chunks = [order[step * recipe.batch_size : (step + 1) * recipe.batch_size] for order in orders]
             done = (epoch * steps + step + 1) / (recipe.num_epochs * steps)
@@ -481,6 +516,7 @@ def _fit(
             if math.isfinite(loss) and (accuracy, -loss) > best[k][:2]:
                 best[k] = (accuracy, -loss, epoch + 1)
                 states[k] = bundle.state(k)
+        bundle.heads.end_epoch()
     if not any(epoch for *_, epoch in best):
         rates = ", ".join(f"{c.learning_rate:g}" for c in configurations)
         raise ValueError(f"no configuration (learning rates {rates}) ever had a finite loss; choose lower rates")
@@ -502,6 +538,8 @@ def _fit(
             relative_norm=relative_norm,
             cache_bytes=bundle.cache_bytes,
             state=states[k],
+            head_spec=head,
+            head_shape=bundle.head_shape,
         )
 
     return [result(k) for k in range(num)]
@@ -511,33 +549,40 @@ class _Optimizer:
     """AdamW, or SGD with momentum, with a learning rate and a weight decay for each configuration of the bundle.
 
     The updates are torch.optim's own; those take one learning rate for a whole stacked parameter, hence this class.
+    Edits with an update rule of their own follow it instead.
     """
 
     def __init__(
         self,
         body: Body,
-        heads: LinearHeads,
+        heads: Heads,
         method: Method,
         configurations: Sequence[Configuration],
         recipe: Recipe,
     ) -> None:
-        device = heads.weight.device
+        trained = [*body.edits.parameters(), *heads.parameters()]
+        device = trained[0].device if trained else None
         rates = torch.tensor([c.learning_rate for c in configurations], device=device)
         decays = torch.tensor([c.weight_decay for c in configurations], device=device)
         self.recipe = recipe
         self.parameters: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        own_rule = [overlay for overlay in body.overlays if overlay.normalization is not None]
+        self.own: list[tuple[Overlay, Tensor]] = [(overlay, rates * method.rate) for overlay in own_rule]
         for name, parameter in body.edits.named_parameters():
+            if any(parameter is value for overlay in own_rule for value in overlay.parameters()):
+                continue
             if name.startswith("weights."):  # one network for each configuration
                 k = int(name.split(".")[1])
-                self.parameters.append((parameter, rates[k] * method.rate, decays[k]))
+                self.parameters.append((parameter, rates[k] * relative_rate(method, name), decays[k]))
             else:
-                self._add_stacked(parameter, rates * method.rate, decays)
+                self._add_stacked(parameter, rates * relative_rate(method, name), decays)
         for parameter in heads.parameters():
             if parameter.requires_grad:
                 self._add_stacked(parameter, rates, decays)
         zeros = [torch.zeros_like(parameter) for parameter, _, _ in self.parameters]
         self.first, self.second = zeros, [zero.clone() for zero in zeros]
         self.num_steps = 0
+        self.has_work = bool(self.parameters or self.own)  # heads without parameters may be all there is
 
     def _add_stacked(self, parameter: nn.Parameter, rates: Tensor, decays: Tensor) -> None:
         shape = (-1, *(1 for _ in parameter.shape[1:]))
@@ -566,19 +611,23 @@ class _Optimizer:
                 update = first / (1 - 0.9**self.num_steps) / scale
                 parameter.sub_(factor * rate * (update + decay * parameter))
             parameter.grad = None
+        for overlay, rate in self.own:
+            overlay.descend(rate)
 
 
-def _restore(backbone: nn.Module, task: Task, fits: Sequence[Fit]) -> tuple[Body, LinearHeads]:
+def _restore(backbone: nn.Module, fits: Sequence[Fit]) -> tuple[Body, Heads]:
     """The bundle of these fits, ready for evaluation."""
-    states = [one.state for one in fits]
     body = fits[0].method.build(backbone, len(fits))
-    width, num_classes = states[0]["heads.weight"].shape[1:]
-    heads = LinearHeads(len(fits), width, num_classes, [torch.Generator() for _ in fits])
-    _load(heads, states, "heads.")
-    _load(body.edits, states, "edits.")
+    _load(body.edits, [one.state for one in fits], "edits.")
     device = next(backbone.parameters()).device
     body.suffix.to(device)
-    return body, heads.to(device)
+    return body, _restored_heads(fits).to(device)
+
+
+def _restored_heads(fits: Sequence[Fit]) -> Heads:
+    heads = fits[0].head_spec.build(len(fits), *fits[0].head_shape, [torch.Generator() for _ in fits])
+    _load(heads, [one.state for one in fits], "heads.")
+    return heads
 
 
 def _load(module: nn.Module, states: Sequence[dict[str, Tensor]], part: str) -> None:

@@ -1,5 +1,6 @@
 """Claims about backbones: frozen, normalized as they were trained, exactly the weights that were asked for."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,86 @@ def test_weights_of_another_architecture_are_refused(weights: Path):
         backbones.load("resnet_micro", weights=weights)
     with pytest.raises(ValueError, match=r"'blocks.2.norm1.weight' is missing from the file \(0 misfits, 12 missing\)"):
         backbones.load("vit_micro", weights=weights, **(SMALL | {"depth": 3}))
+
+
+# ---------------------------------------------------------------------------------------------- source classifiers
+
+MOBILENET = "mobilenetv2_100.imagenet1k_dequant_fp16.safetensors"
+
+
+def agrees(name: str, num_classes: int, size: int, **spec: object) -> None:
+    """The source classifier on the backbone's features gives what the whole network gives."""
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2))
+    layer = backbones.classifier(name, device="cpu", **spec)
+    assert not any(p.requires_grad for p in layer.parameters())
+    whole = backbones.load(name, num_classes=num_classes, device="cpu", **spec)
+    with torch.no_grad():
+        logits = layer(backbones.load(name, device="cpu", **spec)(x))
+        assert logits.shape == (2, num_classes)
+        assert logits.std() > 0
+        torch.testing.assert_close(logits, whole(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", backbones.SHIPPED)
+def test_shipped_backbones_have_their_source_classifier(name: str):
+    before = backbones.digest(backbones.load(name, device="cpu"))
+    agrees(name, 100, 64)
+    assert backbones.digest(backbones.load(name, device="cpu")) == before
+
+
+@pytest.mark.skipif("APTHORY_WEIGHTS" not in os.environ, reason="APTHORY_WEIGHTS does not name the folder of weights")
+def test_the_supplied_mobilenet_has_its_thousand_classes():
+    about_images = {"input_size": 64, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    agrees("mobilenetv2_100", 1000, 64, weights=MOBILENET, pad_type="same", **about_images)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_tiny_patch16_224", {"img_size": 32, "depth": 1}),
+        ("resnet10t", {}),
+        ("convnext_atto", {"depths": (1, 1, 1, 1)}),
+        ("resnetv2_50", {"layers": (1, 1, 1, 1)}),  # its classifier is a convolution
+        ("mobilenetv3_small_050", {}),  # pooled before a hidden layer
+        ("swin_tiny_patch4_window7_224", {"img_size": 56, "depths": (1, 1), "num_heads": (3, 6)}),
+    ],
+)
+def test_the_source_classifier_of_a_weight_file_gives_the_whole_networks_logits(
+    name: str, options: dict[str, object], tmp_path: Path
+):
+    model = backbones.create(name, 7, **options).requires_grad_(False)
+    model.get_classifier().bias.normal_(generator=torch.Generator().manual_seed(1))
+    save_file(model.state_dict(), tmp_path / "whole.safetensors")
+    agrees(name, 7, options.get("img_size", 64), weights=tmp_path / "whole.safetensors", **options)
+
+
+def test_the_source_classifier_of_a_timm_name_is_timms(monkeypatch: pytest.MonkeyPatch):
+    create = timm.create_model
+
+    def pretrained_from_a_seed(name: str, pretrained: bool, **options: object) -> nn.Module:
+        assert pretrained
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            model = create(name, pretrained=False, **(options | {"num_classes": 1000}))
+        return model if options["num_classes"] else model.reset_classifier(0) or model
+
+    monkeypatch.setattr(timm, "create_model", pretrained_from_a_seed)
+    agrees("resnet10t", 1000, 64)
+
+
+def test_a_source_classifier_that_there_is_not_is_an_error(weights: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"small.safetensors has no 'head.weight', so it holds no source classifier"):
+        backbones.classifier("vit_micro", weights=weights, **SMALL)
+    with pytest.raises(ValueError, match=r"no backbone 'resnet_tiny'; shipped are vit_micro"):
+        backbones.classifier("resnet_tiny")
+    with pytest.raises(OSError, match=r"no weight file .*other.safetensors"):
+        backbones.classifier("vit_micro", weights="other.safetensors")
+    options = {"img_size": 32, "depth": 1}
+    two_heads = backbones.create("deit_tiny_distilled_patch16_224", 7, **options)
+    save_file(two_heads.state_dict(), tmp_path / "two.safetensors")
+    with pytest.raises(ValueError, match=r"'deit_tiny_distilled_patch16_224' is no linear layer on the pooled"):
+        backbones.classifier("deit_tiny_distilled_patch16_224", weights=tmp_path / "two.safetensors", **options)
+    backbones.load("deit_tiny_distilled_patch16_224", weights=tmp_path / "two.safetensors", device="cpu", **options)
 
 
 # ---------------------------------------------------------------------------------------------- data configuration

@@ -229,7 +229,7 @@ def test_full_fine_tuning_has_a_copy_of_the_backbone_for_each_configuration():
 
 
 def test_names_of_methods_are_unique():
-    assert list(METHODS) == ["ap", "norm", "linear", "random", "full"]
+    assert list(METHODS) == ["ap", "norm", "linear", "random", "full", "vp", "evp", "adavipro"]
     assert all(METHODS[name].name == name for name in METHODS)
 
 

@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import reference
@@ -320,6 +321,93 @@ def test_a_frozen_head_needs_a_fit_for_each_configuration(num: int, task: tasks.
         training.fit(backbone, task, method, BUNDLE[:2], RECIPE, heads=probes)
 
 
+# ---------------------------------------------------------------------------------- kinds of heads
+
+
+def source_classifier(num_classes: int = 7) -> nn.Linear:
+    """A source classifier for the tiny ResNet's features."""
+    layer = nn.Linear(32, num_classes).requires_grad_(False)
+    generator = torch.Generator().manual_seed(4)
+    layer.weight.copy_(torch.randn(num_classes, 32, generator=generator))
+    layer.bias.copy_(torch.randn(num_classes, generator=generator))
+    return layer
+
+
+HEADS = {
+    "mapping": heads.LabelMapping(source_classifier(), "iterative"),
+    "text": heads.TextHead(torch.randn(3, 32, generator=torch.Generator().manual_seed(5)), scale=20.0),
+}
+
+
+def test_a_linear_head_is_what_there_is_by_default(task: tasks.Task):
+    method = ActivationPrompting(site=SITE["resnet"])
+    (one,) = training.fit(tiny.backbone("resnet"), task, method, BUNDLE[:1], RECIPE)
+    (other,) = training.fit(tiny.backbone("resnet"), task, method, BUNDLE[:1], RECIPE, head=heads.LinearHead())
+    assert_same_fit(one, other, exact=True)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("method", [ActivationPrompting(site="layer2.0:input"), methods.EVP(), methods.AdaViPro(dim=4)])
+def test_every_prompt_learns_under_every_head(kind: str, method: Method, task: tasks.Task, tmp_path: Path):
+    """Bundled and alone are the same, and a prompt saved with its head gives the same logits when loaded."""
+    backbone, recipe = tiny.backbone("resnet"), replace(RECIPE, num_epochs=2)
+    fits = training.fit(backbone, task, method, BUNDLE[1:3], recipe, head=HEADS[kind])
+    (alone,) = training.fit(backbone, task, method, BUNDLE[2:3], recipe, head=HEADS[kind])
+    assert fits[1].train_curve == pytest.approx(alone.train_curve, rel=1e-3)
+    torch.testing.assert_close(fits[1].state, alone.state, rtol=5e-3, atol=5e-4)
+    for fit, evaluation in zip(fits, training.evaluate(task, fits), strict=True):
+        assert fit.prompt_norm > 0
+        x = reference.normalized(backbone, task.test, fit.split.test)
+        loaded = prompts.load(fit.save(tmp_path / "prompt.safetensors"), backbone)
+        with torch.no_grad():
+            logits = fit.model(x)
+            assert torch.equal(loaded(x), logits)
+        assert torch.equal(logits.argmax(1) == task.test.labels[fit.split.test], evaluation.correct)
+
+
+def test_a_mapping_starts_from_all_training_images_however_they_are_chunked(
+    task: tasks.Task, monkeypatch: pytest.MonkeyPatch
+):
+    head = heads.LabelMapping(source_classifier(), "frequency")
+    maps = []
+    for chunk in (64, 7):
+        monkeypatch.setattr(training, "_CHUNK", chunk)
+        bundle = training.Bundle(tiny.backbone("resnet"), task, LinearProbe(), BUNDLE[:3:2], RECIPE, head=head)
+        maps.append(bundle.heads.map.clone())
+    assert torch.equal(*maps)
+    backbone = tiny.backbone("resnet")
+    for k, split in enumerate(bundle.splits):
+        x = reference.normalized(backbone, task.train, split.train)
+        with torch.no_grad():
+            predicted = head.classifier(backbone(x)).argmax(1)
+        counts = torch.zeros(1, 3, 7, dtype=torch.long)
+        for label, source in zip(task.train.labels[split.train].tolist(), predicted.tolist(), strict=True):
+            counts[0, label, source] += 1
+        assert torch.equal(maps[0][k], heads.assign(counts, "greedy")[0])
+
+
+def test_tuning_and_halving_keep_the_head(task: tasks.Task):
+    backbone, head = tiny.backbone("resnet"), HEADS["text"]
+    method, recipe = ActivationPrompting(site="layer2.0:input"), replace(RECIPE, num_epochs=1)
+    fits = training.tune(backbone, task, method, recipe, (1e-2, 3e-2), (0, 1), head=head, max_extensions=0)
+    assert all(fit.head_spec is head for fit in fits)
+    with pytest.warns(UserWarning, match="halved"):
+        fits = training.fit(backbone, task, Hungry(site="layer2.0:input"), BUNDLE[:2], recipe, head=head)
+    assert all(fit.head_spec is head for fit in fits)
+
+
+def test_fits_under_different_heads_are_not_evaluated_together(task: tasks.Task):
+    fits = [
+        training.fit(
+            tiny.backbone("resnet"), task, LinearProbe(), BUNDLE[:1], replace(RECIPE, num_epochs=1), head=head
+        )[0]
+        for head in (*HEADS.values(), None)
+    ]
+    for other in (fits[1], fits[2]):
+        with pytest.raises(ValueError, match="differ in backbone, method, head, recipe or test part"):
+            training.evaluate(task, [fits[0], other])
+
+
 # ---------------------------------------------------------------------------------- choice and test part
 
 
@@ -392,7 +480,7 @@ def tuned_rates(task: tasks.Task, monkeypatch: pytest.MonkeyPatch) -> dict:
     (template,) = training.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[:1], RECIPE)
     calls: dict = {"bundles": [], "heads": [], "peak": 1.0}
 
-    def fake(backbone, task, method, configurations, recipe, *, heads=None, cache=None):  # type: ignore[no-untyped-def]
+    def fake(backbone, task, method, configurations, recipe, *, head=None, heads=None, cache=None):  # type: ignore[no-untyped-def]
         calls["bundles"].append([(c.learning_rate, c.seed) for c in configurations])
         calls["heads"].append(heads)
         score = [90 - 10 * abs(math.log2(c.learning_rate / calls["peak"])) for c in configurations]

@@ -1,0 +1,283 @@
+"""Claims about CLIP: a frozen backbone with a head in words, all tried on a small one with random weights."""
+
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+import apthory
+from apthory import backbones, clip, prompts, sites, tasks, training
+
+open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed; the extra open-clip brings it")
+
+SMALL = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 3, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+RECIPE = apthory.Recipe(num_epochs=3, num_train=48, num_validation=24, num_test=24, precision="float32")
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """open_clip says in the root logger that weights are random, which installs a handler there."""
+    monkeypatch.setattr(logging.root, "handlers", [logging.NullHandler()])
+
+
+def make(**options: object) -> clip.CLIP:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return clip.load("ViT-B-32", None, device="cpu", **(SMALL | options))
+
+
+small = cache(make)
+
+
+def images(task: tasks.Task, num: int = 8) -> torch.Tensor:
+    return training.normalized(small().image, task.test, torch.arange(num))
+
+
+# ------------------------------------------------------------------------------------------ the image tower
+
+
+def test_the_image_tower_is_a_frozen_backbone_with_clips_data_configuration():
+    model = small()
+    for module in (model.image, model.model):
+        assert not module.training
+        assert not any(p.requires_grad for p in module.parameters())
+    assert backbones.input_size(model.image) == 32
+    assert backbones.architecture(model.image) == "clip:ViT-B-32"
+    mean, std = backbones.mean_std(model.image)
+    assert mean.flatten().tolist() == pytest.approx(open_clip.OPENAI_DATASET_MEAN)
+    assert std.flatten().tolist() == pytest.approx(open_clip.OPENAI_DATASET_STD)
+    assert torch.equal(model.image(images(tiny.task())), model.model.encode_image(images(tiny.task())))
+
+
+def test_every_block_of_the_image_tower_is_a_site_with_a_prefix_to_cache():
+    image, x = small().image, images(tiny.task())
+    names = [f"transformer.resblocks.{index}:input" for index in range(3)]
+    assert sites.list_sites(image) == [":input", *names, "transformer.resblocks.2:output"]
+    with torch.no_grad():
+        for site in sites.list_sites(image):
+            prefix, suffix = sites.split(image, site)
+            crossing = prefix(x)
+            assert len(crossing) == 1
+            assert torch.equal(suffix(*crossing), image(x))
+            assert sites.site_shape(image, site) == crossing[0].shape[1:]
+
+
+def test_a_resnet_of_clip_can_be_cut_too():
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}
+    image = clip.load("RN50", None, device="cpu", **(SMALL | {"vision_cfg": vision})).image
+    assert sites.list_sites(image)[1:3] == ["layer1.0:input", "layer2.0:input"]
+    prefix, suffix = sites.split(image, "layer3.0:input")
+    x = images(tiny.task())
+    with torch.no_grad():
+        assert torch.equal(suffix(*prefix(x)), image(x))
+
+
+# ------------------------------------------------------------------------------------------ classes in words
+
+
+def test_text_features_are_those_of_open_clips_own_zero_shot_classifier():
+    model, names = small(), ["red disc", "blue cross", "tissue"]
+    expected = open_clip.build_zero_shot_classifier(model.model, model.tokenize, names, [clip.VP_TEMPLATE])
+    head = model.text_head(names)
+    torch.testing.assert_close(head.features, expected.T)
+    torch.testing.assert_close(head.features.norm(dim=1), torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("template", "start"), [(clip.VP_TEMPLATE, "This is a photo of a "), (clip.EVP_TEMPLATE, "this is a photo of a ")]
+)
+def test_class_names_are_put_in_words_as_the_papers_do(template: str, start: str):
+    said: list[str] = []
+
+    def listen(texts: list[str]) -> torch.Tensor:
+        said.extend(texts)
+        return small().tokenize(texts)
+
+    classes = ["Art_Painting", "t-shirt", "3", "SeaLake", "River"]
+    replace(small(), tokenize=listen).text_head(classes, template)
+    assert said == [start + name for name in ("art painting", "t shirt", "three", "sea & lake", "river")]
+    said.clear()
+    replace(small(), tokenize=listen).text_head(classes, template, names={"River": "Brook"})
+    assert said == [start + name for name in ("art painting", "t shirt", "3", "sealake", "brook")]
+
+
+def test_the_logit_scale_is_kept_and_clamped():
+    model = make(init_logit_scale=2.0)
+    assert model.scale == pytest.approx(7.389, abs=1e-3)
+    assert model.text_head(["a", "b"]).scale == model.scale
+    hot = make(init_logit_scale=5.0)
+    assert hot.scale > 148
+    assert hot.text_head(["a", "b"]).scale == 100.0
+    assert hot.text_head(["a", "b"], max_scale=200.0).scale == hot.scale
+
+
+def test_names_that_text_cannot_tell_apart_and_templates_without_a_place_are_errors():
+    with pytest.raises(ValueError, match=r"more than one class is called 'This is a photo of a sea lion'.*pass names="):
+        small().text_head(["sea_lion", "tiger", "Sea lion"])
+    with pytest.raises(ValueError, match=r"'a photo' has no \{\} for the class name; VP's is 'This is a photo of a"):
+        small().text_head(["a", "b"], "a photo")
+
+
+# ------------------------------------------------------------------------------------------ zero-shot, and prompts
+
+
+def test_zero_shot_accuracy_is_that_of_clips_own_logits_on_the_test_part():
+    model, task, recipe = small(), tiny.task(96), replace(RECIPE, num_test=12)
+    evaluation = model.zero_shot(task, recipe=recipe)
+    test = task.split(3, 48, 24, 12).test
+    assert len(test) == 12
+    texts = model.tokenize([clip.VP_TEMPLATE.format(name) for name in task.classes])
+    with torch.no_grad():
+        logits, _ = model.model.get_logits(training.normalized(model.image, task.test, test), texts)
+    assert torch.equal(evaluation.correct, logits.argmax(1) == task.test.labels[test])
+    assert evaluation.accuracy == pytest.approx(100 * float(evaluation.correct.float().mean()))
+    head = model.text_head(task.classes)
+    (fit,) = apthory.fit(
+        model.image, task, apthory.LinearProbe(), [apthory.Configuration(seed=3)], recipe, head=head
+    )  # a loop that has nothing to train
+    assert torch.equal(apthory.evaluate(task, [fit])[0].correct, evaluation.correct)
+    with pytest.raises(ValueError, match=r"the head has 2 classes, the task 'tiny' 3"):
+        model.zero_shot(task, model.text_head(["a", "b"]))
+
+
+@pytest.mark.parametrize("site", ["transformer.resblocks.0:input", "transformer.resblocks.2:input"])
+def test_a_prompt_inside_the_image_tower_learns_and_the_tower_does_not(
+    site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model, task = small(), tiny.task(96)
+    calls: list[int] = []
+    encode = model.model.encode_text
+    monkeypatch.setattr(model.model, "encode_text", lambda tokens: calls.append(len(tokens)) or encode(tokens))
+    head = model.text_head(task.classes)
+    before = backbones.digest(model.model)
+    method = apthory.ActivationPrompting(site=site, rate=3.0)
+    rates = [apthory.Configuration(learning_rate=rate) for rate in (1e-3, 3e-2)]
+    fits = apthory.fit(model.image, task, method, rates, RECIPE, head=head)
+    assert backbones.digest(model.model) == before
+    assert calls == [3]  # one text for each class, for all configurations and epochs
+    assert fits[1].train_curve[-1] < 0.9 * fits[1].train_curve[0]
+    assert fits[1].cache_bytes == 72 * 17 * 32 * 4
+    x = images(task, 24)
+    loaded = apthory.load_prompt(fits[1].save(tmp_path / "prompt.safetensors"), model.image)
+    with torch.no_grad():
+        own = fits[1].model(x)
+        assert torch.equal(loaded(x), own)
+        with sites.edited(model.image, {site: fits[1].prompt}):
+            cosines = nn.functional.normalize(model.image(x), dim=1) @ head.features.T
+    torch.testing.assert_close(own, head.scale * cosines, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_features_and_trains():
+    task, found = tiny.task(96), []
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = clip.load("ViT-B-32", None, device="cuda", **SMALL)
+    for one in (small(), model):
+        head = one.text_head(task.classes)
+        test = torch.arange(8)
+        found.append((head.features.cpu(), one.image(training.normalized(one.image, task.test, test)).cpu()))
+    for cpu, gpu in zip(*found, strict=True):
+        torch.testing.assert_close(cpu, gpu, rtol=1e-3, atol=1e-3)
+    method = apthory.ActivationPrompting(site="transformer.resblocks.1:input")
+    fits = apthory.fit(model.image, task, method, recipe=RECIPE, head=model.text_head(task.classes))
+    assert fits[0].train_curve[-1] < fits[0].train_curve[0]
+    assert model.zero_shot(task, recipe=RECIPE).correct.device.type == "cpu"
+
+
+def test_a_zero_prompt_at_any_block_leaves_zero_shot_as_it_is():
+    model, x = small(), images(tiny.task())
+    with torch.no_grad():
+        for site in sites.list_sites(model.image):
+            prompted = prompts.PromptedBackbone(model.image, apthory.ActivationPrompt.zeros(model.image, site))
+            assert torch.equal(prompted(x), model.image(x))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [apthory.LinearProbe(), apthory.FullFineTuning(), apthory.NormTuning(site="transformer.resblocks.1:input")],
+)
+def test_the_baselines_run_on_the_image_tower(method: object):
+    model, task = small(), tiny.task(96)
+    head = None if isinstance(method, apthory.LinearProbe) else model.text_head(task.classes)
+    before = backbones.digest(model.model)
+    (fit,) = apthory.fit(model.image, task, method, [apthory.Configuration(learning_rate=1e-2)], RECIPE, head=head)
+    assert fit.train_curve[-1] < fit.train_curve[0]
+    assert backbones.digest(model.model) == before
+
+
+# ------------------------------------------------------------------------------------------ weights
+
+
+def test_a_file_of_weights_gives_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def digest(pretrained: str | None) -> str:
+        return backbones.digest(clip.load("ViT-B-32", pretrained, device="cpu", **SMALL).model)
+
+    expected = backbones.digest(small().model)
+    torch.save(small().model.state_dict(), tmp_path / "small.pt")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        assert digest(None) != expected
+        assert digest(str(tmp_path / "small.pt")) == expected
+        monkeypatch.setenv("APTHORY_WEIGHTS", str(tmp_path))
+        assert digest("small.pt") == expected
+        with pytest.raises(
+            OSError, match=r"small.pt' of 'RN50' cannot be had .* pass pretrained=FILE with the weights"
+        ):
+            clip.load("RN50", "small.pt", device="cpu", **(SMALL | {"vision_cfg": {"layers": [1] * 4, "width": 8}}))
+
+
+def test_a_tag_brings_its_activation_function(monkeypatch: pytest.MonkeyPatch):
+    create: Callable[..., nn.Module] = open_clip.create_model
+    asked: dict[str, object] = {}
+
+    def downloaded(name: str, pretrained: str, **options: object) -> nn.Module:
+        asked.update(options, pretrained=pretrained)
+        return create(name, **options)
+
+    monkeypatch.setattr(open_clip, "create_model", downloaded)
+    model = clip.load("ViT-B-32", "openai", device="cpu", **SMALL)
+    assert asked["pretrained"] == "openai"
+    assert any(isinstance(module, open_clip.transformer.QuickGELU) for module in model.image.modules())
+    model = clip.load("ViT-B-32", "laion2b_s34b_b79k", device="cpu", **SMALL)
+    assert not any(isinstance(module, open_clip.transformer.QuickGELU) for module in model.image.modules())
+
+
+def test_weights_out_of_reach_say_the_ways_out(monkeypatch: pytest.MonkeyPatch):
+    def offline(*args: object, **options: object) -> None:
+        raise RuntimeError("no route to the hub")
+
+    monkeypatch.setattr(open_clip, "create_model", offline)
+    with pytest.raises(
+        OSError, match=r"'openai' of 'ViT-B-32' cannot be had .*no route.*pretrained=FILE.*=None for rand"
+    ):
+        clip.load()
+
+
+def test_unknown_names_and_tags_list_what_there_is():
+    with pytest.raises(ValueError, match=r"open_clip has no 'ViT-B-23'; it has .*ViT-B-32"):
+        clip.load("ViT-B-23")
+    with pytest.raises(ValueError, match=r"'opanai' is neither a file nor weights that open_clip has .*: openai, "):
+        clip.load("ViT-B-32", "opanai")
+
+
+def test_an_image_tower_that_returns_more_than_its_feature_is_an_error():
+    with pytest.raises(ValueError, match=r"'ViT-B-32' returns tokens beside its feature; take one without a captioner"):
+        make(vision_cfg=SMALL["vision_cfg"] | {"output_tokens": True})
+
+
+def test_without_open_clip_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(ImportError, match=r"install it by the extra: apthory\[open-clip\]"):
+        clip.load()
