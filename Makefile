@@ -42,8 +42,10 @@ gpu: ## what wants a GPU: backbones, costs at the paper's shapes, five seeds, wi
 	  $(PRETRAIN) && cp checkpoints/$$name/$$name.safetensors checkpoints || exit; done
 	$(RUN) apthory sweep wide --suite paper --data "$(APTHORY_DATA)" --weights checkpoints
 
-bench: venv ## measure the prefix cache against a frozen loop without it, side by side
+bench: venv ## measure the prefix cache, CKA and attention distance against the usual loops, side by side
 	$(RUN) apthory bench
+	$(RUN) pip install -qq --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(RUN) apthory bench-metrics
 
 test: venv ## run all tests; a part of them: make test ARGS='-m "not slow"'
 	$(RUN) pytest $(ARGS)

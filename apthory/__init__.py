@@ -4,17 +4,21 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 __all__ = [
-    "load_backbone", "load_task",
+    "load_backbone", "load_classifier", "load_clip", "load_task",
     "list_sites", "resolve", "capture", "edited", "split",
     "ActivationPrompt", "PromptedBackbone", "save_prompt", "load_prompt",
     "ActivationPrompting", "NormTuning", "LinearProbe", "FullFineTuning", "FixedPrompt", "VP", "EVP", "AdaViPro",
+    "LinearHead", "LabelMapping", "TextHead",
     "Recipe", "Configuration", "fit", "tune", "evaluate",
-    "diagnose", "fold",
+    "diagnose", "fold", "layer_profile", "rank_sites", "find_site",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
+    from apthory.backbones import classifier as load_classifier
     from apthory.backbones import load as load_backbone
+    from apthory.clip import load as load_clip
     from apthory.equivalence import diagnose, fold
+    from apthory.heads import LabelMapping, LinearHead, TextHead
     from apthory.methods import (
         EVP,
         VP,
@@ -25,9 +29,12 @@ if TYPE_CHECKING:
         LinearProbe,
         NormTuning,
     )
+    from apthory.profiles import layer_profile
     from apthory.prompts import ActivationPrompt, PromptedBackbone
     from apthory.prompts import load as load_prompt
     from apthory.prompts import save as save_prompt
+    from apthory.ranking import rank_sites
+    from apthory.selection import find_site
     from apthory.sites import capture, edited, list_sites, resolve, split
     from apthory.tasks import load as load_task
     from apthory.training import Configuration, Recipe, evaluate, fit, tune
@@ -35,8 +42,10 @@ else:  # the same names, each from its module when it is first used: torch and t
     from importlib import import_module
 
     _DEFINED_IN = {
-        "backbones": ("load_backbone",),
+        "backbones": ("load_backbone", "load_classifier"),
+        "clip": ("load_clip",),
         "equivalence": ("diagnose", "fold"),
+        "heads": ("LabelMapping", "LinearHead", "TextHead"),
         "methods": (
             "ActivationPrompting",
             "AdaViPro",
@@ -47,12 +56,22 @@ else:  # the same names, each from its module when it is first used: torch and t
             "NormTuning",
             "VP",
         ),
+        "profiles": ("layer_profile",),
         "prompts": ("ActivationPrompt", "PromptedBackbone", "load_prompt", "save_prompt"),
+        "ranking": ("rank_sites",),
+        "selection": ("find_site",),
         "sites": ("capture", "edited", "list_sites", "resolve", "split"),
         "tasks": ("load_task",),
         "training": ("Configuration", "Recipe", "evaluate", "fit", "tune"),
     }
-    _DEFINED_AS = {"load_backbone": "load", "load_prompt": "load", "save_prompt": "save", "load_task": "load"}
+    _DEFINED_AS = {
+        "load_backbone": "load",
+        "load_classifier": "classifier",
+        "load_clip": "load",
+        "load_prompt": "load",
+        "load_task": "load",
+        "save_prompt": "save",
+    }
 
     def __getattr__(name):
         if name in _DEFINED_IN:

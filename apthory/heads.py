@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 _CHUNK = 4096  # features whose predictions are counted at once
+_BEHIND = 1e-3  # by so much is a logit less than that of an earlier class with the same source
 
 
 class Heads(nn.Module):
@@ -103,7 +104,8 @@ class LabelMapping:
         assignment: How counts of predictions become a map. ``"greedy"``: the largest count of all first, one-to-one
             (Chen et al. 2023). ``"ordered"``: class after class, each the most frequent prediction that is still free
             (EVP, first version of its code). ``"mode"``: each class its most frequent prediction, which several
-            classes may share (EVP, last version). Ties go to the earlier class of the task, then of the classifier.
+            classes may share (EVP, last version); of those the earliest is always predicted, since nothing else
+            tells them apart. Ties go to the earlier class of the task, then of the classifier.
 
     Raises:
         ValueError: From ``build``, if a one-to-one map has fewer classes to take from than to fill.
@@ -172,7 +174,7 @@ class MappedHeads(Heads):
 
     def forward(self, features: Float[Tensor, "stack width"]) -> Float[Tensor, "num batch class"]:
         by_configuration = features.float().unflatten(0, (len(self.map), -1))
-        return torch.baddbmm(self.bias[self.map].unsqueeze(1), by_configuration, self.weight[self.map].mT)
+        return torch.baddbmm(self._biases().unsqueeze(1), by_configuration, self.weight[self.map].mT)
 
     @torch.no_grad()
     def observe(self, features: Float[Tensor, "stack width"], labels: Int64[Tensor, "num batch"]) -> None:
@@ -185,7 +187,12 @@ class MappedHeads(Heads):
             self._take()
 
     def export(self, index: int) -> nn.Linear:
-        return _linear(self.weight[self.map[index]], self.bias[self.map[index]])
+        return _linear(self.weight[self.map[index]], self._biases()[index])
+
+    def _biases(self) -> Float[Tensor, "num class"]:
+        """Of the mapped classes, lowered for classes whose source has another: rounding would decide between them."""
+        is_shared = (self.map.unsqueeze(2) == self.map.unsqueeze(1)).tril(-1)  # with an earlier class
+        return self.bias[self.map] - _BEHIND * is_shared.sum(2)
 
     def _count(self, features: Float[Tensor, "stack width"], labels: Int64[Tensor, "num image"]) -> None:
         """Add up how often each class of the task is predicted as each class of the classifier."""

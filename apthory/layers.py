@@ -7,21 +7,21 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 
-from apthory import backbones, figures, records, selection, tasks, training
+from apthory import backbones, figures, ranking, records, selection, tasks, training
 from apthory.theory import tangent
 
-SOURCES = (selection, tangent)  # of the records, besides those of a sweep
+SOURCES = (ranking, selection, tangent)  # of the records, besides those of a sweep
 UNITS = {  # of the scores, larger being better
     "coherence": "coherence (share of the gradient that images share)",
     "windows": "minus the windows to cover",
     "gain": "first-order gain (nats, at the norm of the activation)",
-    "newton": "second-order gain (nats)",
+    "newton": "second-order gain (nats), after three steps of conjugate gradients",
     "alignment": "alignment of the tangent kernel with the labels",
     "found": "windows times gradient of single images",
 }
 
 
-@records.versioned(1)
+@records.versioned(2)
 def score(
     backbone: Mapping[str, Any],
     task: str,
@@ -32,9 +32,9 @@ def score(
     num_validation: int,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """`selection.rank_sites`, in the order of the sites given, and what it cost."""
+    """`ranking.rank_sites`, in the order of the sites given, and what it cost."""
     model, data = backbones.load(**backbone), tasks.load(task, size)
-    table = selection.rank_sites(
+    table = ranking.rank_sites(
         model,
         data,
         places,
@@ -47,18 +47,19 @@ def score(
     return {"sites": ordered.to_dict("records"), "cost": table.attrs["cost"]}
 
 
-@records.versioned(1)
+@records.versioned(2)
 def search(
     backbone: Mapping[str, Any],
     task: str,
     size: int,
+    places: Sequence[str],
     recipe: Mapping[str, Any],
     learning_rates: Sequence[float],
     budget: float,
     score: str,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """`selection.find_site`, and the chosen prompt on the test part, once."""
+    """`selection.find_site` among the sites given, and the chosen prompt on the test part, once."""
     model, data = backbones.load(**backbone), tasks.load(task, size)
     found = selection.find_site(
         model,
@@ -66,6 +67,7 @@ def search(
         training.Recipe(**recipe),
         budget=budget,
         learning_rates=learning_rates,
+        places=places,
         score=score,
         seed=seed,
     )
@@ -90,7 +92,7 @@ def command(
     size: Annotated[int, typer.Option(help="side of the images in pixels; the backbone's own if left out")] = 0,
     examples: Annotated[int, typer.Option(help="images to score with, at most 1,000")] = 400,
     second_order: Annotated[int, typer.Option(help="images for the slow scores, at most 200; 0 skips them")] = 0,
-    score: Annotated[str, typer.Option(help=f"rank by {', '.join(selection.SCORES)}")] = selection.DEFAULT,
+    score: Annotated[str, typer.Option(help=f"rank by {', '.join(ranking.SCORES)}")] = ranking.DEFAULT,
     output: Annotated[str, typer.Option(help="picture of the ranking; layers_<backbone>.png if left out")] = "",
 ) -> None:
     """Rank the layers of a backbone on a task by one backward pass, and name the one to prompt."""
@@ -100,7 +102,7 @@ def command(
         raise typer.BadParameter(f"there is no folder {data!r}", param_hint="--data")
     model = backbones.load(backbone, weights=weights or None, input_size=size or None)
     images = tasks.load(f"folder:{data}" if data else task, backbones.input_size(model))
-    table = selection.rank_sites(
+    table = ranking.rank_sites(
         model,
         images,
         score=score,
@@ -122,7 +124,7 @@ def command(
 
 def draw(table: pd.DataFrame, score: str, title: str, path: Path) -> None:
     """The score by site, in the order of the backbone, as a picture of any format that matplotlib knows."""
-    ordered = table.assign(score=selection.SCORES[score](table)).sort_values("depth", kind="stable")
+    ordered = table.assign(score=ranking.SCORES[score](table)).sort_values("depth", kind="stable")
     is_best = ordered["site"] == table["site"][0]
     with figures.theme(width=0.7, rows=2):
         figure = figures.Figure()

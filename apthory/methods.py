@@ -9,7 +9,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -197,7 +197,7 @@ class LinearProbe:
             if not sites.is_traceable(backbone):
                 raise ValueError(f"a probe at {self.site!r} needs a backbone that torch.fx can trace; probe ':output'")
             rank = len(sites.site_shape(backbone, self.site))
-            prefix = _Pooled(prefix, sites.channel_axis(backbone, self.site) if rank > 1 else -1)
+            prefix = _Pooled(prefix, sites.channel_axis(backbone, self.site) if rank > 1 else -1, repr(self))
             suffix = nn.Identity()
         return Body(prefix, suffix, nn.ModuleDict())
 
@@ -220,7 +220,7 @@ class FixedPrompt:
         delta = (delta * (self.norm / spread)).to(next(backbone.parameters()).device)
         prompt = prompts.ActivationPrompt(self.site, delta, self.shape).requires_grad_(False)
         prefix, suffix = sites.split(backbone, self.site, {self.site: prompt})
-        return Body(_Chain(prefix, suffix), nn.Identity(), nn.ModuleDict())
+        return Body(_Chain(prefix, suffix, repr(self)), nn.Identity(), nn.ModuleDict())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,6 +283,14 @@ class EVP:
     rate: float = 10.0  # step of the prompt, relative to the learning rate of the head
     head: Literal["trained", "frozen"] = "trained"
     site: ClassVar[str] = ":input"
+
+    def __post_init__(self) -> None:
+        known, norms = get_args(pixels.Diversity), get_args(pixels.Normalization)
+        if isinstance(self.diversity, str) or not set(self.diversity) <= set(known) or self.normalization not in norms:
+            raise ValueError(
+                f"diversity is {self.diversity!r} and normalization {self.normalization!r}; expected a tuple of "
+                f"{', '.join(known)}, and one of {', '.join(norms)}"
+            )
 
     def build(self, backbone: nn.Module, num: int) -> Body:
         layout = pixels.Layout.of(backbone, width=_width(backbone, self.width), around=self.around, normalized=False)
@@ -355,9 +363,10 @@ def _overlaid(backbone: nn.Module, overlay: pixels.Overlay) -> Body:
 class _Pooled(nn.Module):
     """The site's activation, averaged over positions."""
 
-    def __init__(self, prefix: nn.Module, axis: int) -> None:
+    def __init__(self, prefix: nn.Module, axis: int, code: str) -> None:
         super().__init__()
         self.prefix, self.axis = prefix, axis
+        self.code = code  # tells one cached prefix from another
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
         z = self.prefix(x)[0].movedim(self.axis, -1)
@@ -365,9 +374,10 @@ class _Pooled(nn.Module):
 
 
 class _Chain(nn.Module):
-    def __init__(self, prefix: nn.Module, suffix: nn.Module) -> None:
+    def __init__(self, prefix: nn.Module, suffix: nn.Module, code: str) -> None:
         super().__init__()
         self.prefix, self.suffix = prefix, suffix
+        self.code = code  # tells one cached prefix from another
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
         return (self.suffix(*self.prefix(x)),)

@@ -72,7 +72,7 @@ def race(
     table = attention.attention_profile(model, images[:1])
     num_heads, grid = int(table["head"].max()) + 1, _grid(model)
     maps = torch.randn(batch_size, num_heads, *[math.prod(grid) + 1] * 2, device=device).softmax(-1)
-    ours = partial(attention.mean_attention_distance, maps, grid, class_token="drop")
+    ours = partial(attention.mean_attention_distance, maps, grid, 1, class_token="drop")
     norms: dict[str, Callable[[list[int]], Any]] = {
         "loop": np.linalg.norm,
         "loop without NumPy": lambda step: math.hypot(*step),

@@ -12,7 +12,7 @@ References:
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -44,7 +44,7 @@ class Layout:
     """Which pixels are prompt, and how it meets the image: all that a saved prompt has to say besides its values.
 
     Raises:
-        ValueError: If the prompt does not fit the image, or regions do not tile it.
+        ValueError: If there is no such place, the prompt does not fit the image, or regions do not tile it.
     """
 
     size: int  # side of the backbone's input
@@ -59,6 +59,8 @@ class Layout:
     edges: bool = True  # it sees edges; otherwise the grey image itself
 
     def __post_init__(self) -> None:
+        if self.place not in get_args(Place):
+            raise ValueError(f"place is {self.place!r}; expected one of {', '.join(get_args(Place))}")
         most = self.size if self.place != "frame" else -(-self.size // 2)
         if not 1 <= self.width <= most:
             raise ValueError(

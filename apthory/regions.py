@@ -46,7 +46,8 @@ def decide_softly(
 
 def gumbel(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """Draws of the standard Gumbel distribution, -log(-log U)."""
-    return -torch.empty(*shape).exponential_(generator=generator).log()
+    draws = torch.empty(*shape).exponential_(generator=generator)
+    return -draws.clamp_min(torch.finfo(draws.dtype).tiny).log()  # of a draw of 0, softmax would make nan
 
 
 def by_pixel(chosen: Float[Tensor, "*batch row column"], size: int) -> Float[Tensor, "*batch {size} {size}"]:

@@ -102,22 +102,19 @@ def site_shape(backbone: nn.Module, site: str, example: Tensor | None = None) ->
 def channel_axis(backbone: nn.Module, site: str, example: Tensor | None = None) -> int:
     """Which axis of the activation counts channels (negative, from the end).
 
-    Read off the graph: the layer that makes the activation decides, else the first layer that consumes it, else
-    the last one on the way to it.
+    Read off the graph: the layer that makes the activation decides, else the first layer that consumes it (a linear
+    layer after pooling does not, as its width tells), else the last one on the way to it.
     """
+    return channel_axes(backbone, [site], example)[site]
+
+
+def channel_axes(backbone: nn.Module, sites: Sequence[str], example: Tensor | None = None) -> dict[str, int]:
+    """`channel_axis` of several sites, from one trace and one forward pass."""
     trace = _Trace(backbone)
-    node = trace.marks[trace.known(_named(backbone, site))]
-    rank = len(site_shape(backbone, site, example))
-    source = node
-    while source.target is _mark:
-        source = source.args[0]
-    for candidate in (source, *_downstream(node), *_upstream(node)):
-        match _layout(trace.root, candidate):
-            case "first":
-                return -rank
-            case "last":
-                return -1
-    raise ValueError(f"cannot tell the channel axis of site {site!r}: no convolution, linear or norm layer near it")
+    nodes = {site: trace.marks[trace.known(_named(backbone, site))] for site in sites}
+    with torch.no_grad(), _evaluating(backbone):
+        shapes = capture(backbone, sites, _example(backbone, 1, example), lambda z: torch.tensor(z.shape[1:]))
+    return {site: _channel_axis(trace, node, site, shapes[site].tolist()) for site, node in nodes.items()}
 
 
 def norms_between(backbone: nn.Module, site: str, end: Literal["next", "last"] = "next") -> list[str]:
@@ -154,11 +151,13 @@ def capture(
     """
     seen: dict[str, Tensor] = {}
 
-    def keep(site: str, z: Tensor) -> Tensor:
+    def keep(site: str, z: Any) -> Any:
         if site in seen:
             raise ValueError(f"{site!r}: the backbone calls this module more than once, so the place is not unique")
         if not isinstance(z, Tensor):
-            raise ValueError(f"{site!r} carries a {type(z).__name__}, not one tensor; choose a site inside or around it")
+            raise ValueError(
+                f"{site!r} carries a {type(z).__name__}, not one tensor; choose a site inside or around it"
+            )
         seen[site] = keep_of(z)
         return z
 
@@ -173,14 +172,15 @@ def capture(
 def edited(backbone: nn.Module, edits: Mapping[str, Edit]) -> Iterator[nn.Module]:
     """The backbone with functions applied to the activations at some sites; restored on the way out, always.
 
-    An edit at ``name:input`` changes what that module is given, an edit at ``name:output`` what it returns.
+    An edit at ``name:input`` changes the tensor that comes first of what that module is given, wherever it is given
+    the same tensor again (query, key and value of self-attention); an edit at ``name:output`` what it returns.
     """
     with ExitStack() as stack:
         for site, edit in edits.items():
             name, edge = _named(backbone, site).rsplit(":", 1)
             module = backbone.get_submodule(name)
             if edge == "input":
-                handle = module.register_forward_pre_hook(partial(_edit_input, site, edit))
+                handle = module.register_forward_pre_hook(partial(_edit_input, site, edit), with_kwargs=True)
             else:
                 handle = module.register_forward_hook(lambda _, args, output, edit=edit: edit(output))
             stack.callback(handle.remove)
@@ -261,7 +261,8 @@ class _Tracer(fx.Tracer):
         name = self.path_of_module(m)
         self.modules.append(name)
         if args and isinstance(args[0], fx.Proxy):
-            args = (self.create_proxy("call_function", _mark, (args[0], f"{name}:input"), {}), *args[1:])
+            marked = self.create_proxy("call_function", _mark, (args[0], f"{name}:input"), {})
+            args, kwargs = _replaced(args[0], marked, args, kwargs)
         output = super().call_module(m, forward, args, kwargs)
         if isinstance(output, fx.Proxy):
             output = self.create_proxy("call_function", _mark, (output, f"{name}:output"), {})
@@ -500,10 +501,20 @@ def _nearest(names: Mapping[str, Any], name: str) -> str:
     return f"did you mean {' or '.join(map(repr, near))}?" if near else "list_sites(backbone) names the usual ones"
 
 
-def _edit_input(site: str, edit: Edit, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _edit_input(
+    site: str, edit: Edit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if not args:
         raise ValueError(f"{site!r}: the module is called with keywords only, so its input is no site; use an output")
-    return edit(args[0]), *args[1:]
+    return _replaced(args[0], edit(args[0]), args, kwargs)
+
+
+def _replaced(
+    old: Any, new: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with one value exchanged wherever it stands: nn.MultiheadAttention is given its input three times."""
+    values = tuple(new if value is old else value for value in args)
+    return values, {name: new if value is old else value for name, value in kwargs.items()}
 
 
 def _defaults(backbone: nn.Module) -> dict[str, Any]:
@@ -551,6 +562,25 @@ def _upstream(node: fx.Node) -> list[fx.Node]:
             found[source] = None
             queue.extend(source.all_input_nodes)
     return list(found)
+
+
+def _channel_axis(trace: _Trace, node: fx.Node, site: str, shape: Sequence[int]) -> int:
+    source = node
+    while source.target is _mark:
+        source = source.args[0]
+
+    def is_after_pooling(consumer: fx.Node) -> bool:
+        module = trace.root.get_submodule(str(consumer.target)) if consumer.op == "call_module" else None
+        return isinstance(module, nn.Linear) and module.in_features != shape[-1]
+
+    consumers = (consumer for consumer in _downstream(node) if not is_after_pooling(consumer))
+    for candidate in (source, *consumers, *_upstream(node)):
+        match _layout(trace.root, candidate):
+            case "first":
+                return -len(shape)
+            case "last":
+                return -1
+    raise ValueError(f"cannot tell the channel axis of site {site!r}: no convolution, linear or norm layer near it")
 
 
 def _layout(root: nn.Module, node: fx.Node) -> Literal["first", "last", ""]:

@@ -10,25 +10,21 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from contextlib import ExitStack
+from concurrent.futures import Executor, as_completed
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-import typer
 from torch import nn
 
-from apthory import backbones, heads, methods, prompts, records, sites, tasks, training
+from apthory import backbones, diversity, heads, methods, pixels, prompts, records, regions, sites, tasks, training
 from apthory.progress import progress
 
-_SOURCES = (sites, prompts, methods, heads, training, backbones, tasks)
+_SOURCES = (sites, prompts, pixels, regions, diversity, methods, heads, training, backbones, tasks)
 SMALL_TASKS = ("cifar10", "gtsrb", "caltech101", "dtd10", "pacs", "rsscn7", "sign_digits", "trashnet")
 MOBILENET = {
     "name": "mobilenetv2_100",
@@ -102,12 +98,16 @@ STUDIES: dict[str, dict[str, Study]] = {
 }
 
 
-def find_studies(suite: str, names: str = "") -> dict[str, Study]:
-    """Layer studies of a suite by their names, with commas between; all of them if none is named."""
-    known = STUDIES.get(suite, {})
+def find_studies(suite: str, names: str = "", studies: Mapping[str, Mapping[str, Any]] = STUDIES) -> dict[str, Any]:
+    """Studies of a suite by their names, with commas between; all of them if none is named.
+
+    Args:
+        studies: By suite and name; layer studies by default.
+    """
+    known = studies.get(suite, {})
     chosen = [name.strip() for name in names.split(",")] if names else list(known)
     if unknown := [name for name in chosen or [""] if name not in known]:
-        every = ", ".join(f"{name} ({one})" for one, several in STUDIES.items() for name in several)
+        every = ", ".join(f"{name} ({one})" for one, several in studies.items() for name in several)
         raise ValueError(f"no study {unknown[0]!r} in the suite {suite!r}; there are {every}")
     return {name: known[name] for name in chosen}
 
@@ -142,34 +142,62 @@ def cells(study: Study) -> Iterable[dict[str, Any]]:
         chosen = (places if study.last_sites is None else places[-study.last_sites :])[:: study.site_every]
         with_norm, with_frozen = chosen[-2::-1][:: study.norm_every], chosen[-2::-1][:: study.frozen_every]
         for task in study.tasks:
-            every.append(_cell(study, backbone, task, {"name": "linear_probe"}))
+            every.append(cell(study.protocol, backbone, task, {"name": "linear_probe"}))
             for site in chosen:
                 prompt = "vp" if site == ":input" else "ap"
-                every.append(_cell(study, backbone, task, {"name": prompt, "site": site}))
-                every.append(_cell(study, backbone, task, {"name": "site_probe", "site": site}))
+                every.append(cell(study.protocol, backbone, task, {"name": prompt, "site": site}))
+                every.append(cell(study.protocol, backbone, task, {"name": "site_probe", "site": site}))
                 if site in with_frozen:
-                    costly.append(_cell(study, backbone, task, {"name": "frozen_head", "site": site}, control=True))
+                    costly.append(
+                        cell(study.protocol, backbone, task, {"name": "frozen_head", "site": site}, control=True)
+                    )
                 if site in with_norm and sites.norms_between(model, site):
-                    costly.append(_cell(study, backbone, task, {"name": "norm", "site": site}, control=True))
+                    costly.append(cell(study.protocol, backbone, task, {"name": "norm", "site": site}, control=True))
             for site in sites.list_sites(model, "norm") if study.finer else ():
-                every.append(_cell(study, backbone, task, {"name": "ap", "site": site}))
+                every.append(cell(study.protocol, backbone, task, {"name": "ap", "site": site}))
             if study.full:
-                costly.append(_cell(study, backbone, task, {"name": "full"}, control=True))
+                costly.append(cell(study.protocol, backbone, task, {"name": "full"}, control=True))
     return every + costly
 
 
+def cell(
+    protocol: Protocol,
+    backbone: Mapping[str, Any],
+    task: str,
+    method: Mapping[str, Any],
+    *,
+    control: bool = False,
+    head: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Configuration of `run_cell`; a trained head goes without saying, so that it is no part of a record's key."""
+    config = {
+        "backbone": dict(backbone),
+        "task": task,
+        "size": backbone.get("input_size", 64),
+        "method": dict(method),
+        "recipe": asdict(protocol.recipe),
+        "learning_rates": list(protocol.learning_rates),
+        "seeds": list(protocol.control_seeds if control else protocol.seeds),
+    }
+    return config if head is None else {**config, "head": dict(head)}
+
+
 def fetch_all(
-    configs: Sequence[Mapping[str, Any]], folder: Path, executor: Executor | None = None
+    configs: Sequence[Mapping[str, Any]],
+    folder: Path,
+    executor: Executor | None = None,
+    function: Callable[..., Mapping[str, Any]] | None = None,
 ) -> list[records.Record]:
     """Records of many cells, in the order asked for.
 
     Args:
+        function: Of the cells, at the top level of a module; `run_cell` by default.
         executor: Where to run them; this process, one by one, if left out. Processes and machines must see the
             same folders of data, weights and records.
     """
     if executor is None:
-        return [fetch(config, folder) for config in progress(configs, desc="cells")]
-    futures = [executor.submit(fetch, config, folder) for config in configs]
+        return [fetch(config, folder, function) for config in progress(configs, desc="cells")]
+    futures = [executor.submit(fetch, config, folder, function) for config in configs]
     for future in progress(as_completed(futures), desc="cells", total=len(futures)):
         future.result()  # the first failure ends the sweep; what is done stays recorded
     return [future.result() for future in futures]
@@ -224,6 +252,7 @@ def run_cell(
     recipe: Mapping[str, Any],
     learning_rates: Sequence[float],
     seeds: Sequence[int],
+    head: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Tune one method on one task under the protocol, then evaluate it on the test part, once.
 
@@ -235,6 +264,7 @@ def run_cell(
         recipe: Fields of `training.Recipe`.
         learning_rates: Grid for the first seed.
         seeds: All seeds.
+        head: Of `make_head`; a trained one if left out.
     """
     started = time.perf_counter()
     model, data = _backbone(json.dumps(dict(backbone))), _task(task, size)
@@ -246,8 +276,16 @@ def run_cell(
         probe = None
         if method["name"] == "frozen_head":
             probe = training.tune(model, data, methods.LinearProbe(), how, learning_rates, seeds)
-        fits = training.tune(model, data, make(method), how, learning_rates, seeds, heads=probe)
+        spec = make_head(head, backbone)
+        fits = training.tune(model, data, make(method), how, learning_rates, seeds, head=spec, heads=probe)
         evaluations = training.evaluate(data, fits)
+    return {**describe(data, fits, evaluations), "bundle_seconds": time.perf_counter() - started}
+
+
+def describe(
+    data: tasks.Task, fits: Sequence[training.Fit], evaluations: Sequence[training.Evaluation]
+) -> dict[str, Any]:
+    """What the record of a cell holds, besides its time."""
     return {
         "accuracy": [e.accuracy for e in evaluations],
         "correct": [np.packbits(e.correct.numpy()).tobytes().hex() for e in evaluations],
@@ -262,16 +300,17 @@ def run_cell(
         "split": [fit.split.digest for fit in fits],
         "transform": data.transform,
         "cache_bytes": fits[0].cache_bytes,
-        "bundle_seconds": time.perf_counter() - started,
     }
 
 
 def make(method: Mapping[str, Any]) -> methods.Method:
-    """The method behind a name of the tables: vp, ap, frozen_head, norm, linear_probe, site_probe, full."""
+    """The method behind a name of the tables; a visual prompt with a site is one on the whole normalized image."""
     name, fields = method["name"], {key: value for key, value in method.items() if key != "name"}
     match name:
-        case "ap" | "vp":
+        case "ap":
             return methods.ActivationPrompting(**fields)
+        case "vp":
+            return methods.ActivationPrompting(**fields) if "site" in fields else methods.VP(**fields)
         case "frozen_head":
             return methods.ActivationPrompting(**fields, head="frozen")
         case "norm":
@@ -280,7 +319,18 @@ def make(method: Mapping[str, Any]) -> methods.Method:
             return methods.LinearProbe(**fields)
         case "full":
             return methods.FullFineTuning(**fields)
-    raise ValueError(f"no method {name!r}; expected vp, ap, frozen_head, norm, linear_probe, site_probe or full")
+        case "evp":
+            lists = {key: tuple(value) for key, value in fields.items() if key == "diversity"}
+            return methods.EVP(**{**fields, **lists})
+        case "adavipro":
+            return methods.AdaViPro(**fields)
+    known = "vp, ap, frozen_head, norm, linear_probe, site_probe, full, evp or adavipro"
+    raise ValueError(f"no method {name!r}; expected {known}")
+
+
+def make_head(head: Mapping[str, Any] | None, backbone: Mapping[str, Any]) -> heads.HeadSpec | None:
+    """None for a trained head; otherwise fields of `heads.LabelMapping`, onto the backbone's own classifier."""
+    return None if head is None else heads.LabelMapping(backbones.classifier(**backbone), **head)
 
 
 def table(cells: Iterable[records.Record]) -> pd.DataFrame:
@@ -293,7 +343,8 @@ def table(cells: Iterable[records.Record]) -> pd.DataFrame:
     rows = []
     for record in cells:
         config = record.config
-        site = config["method"].get("site", ":output")
+        is_pixel = config["method"]["name"] in ("vp", "evp", "adavipro")
+        site = config["method"].get("site", ":input" if is_pixel else ":output")
         depth = _depth(json.dumps(config["backbone"]), site)
         for index, seed in enumerate(config["seeds"]):
             bits = np.unpackbits(np.frombuffer(bytes.fromhex(record["correct"][index]), np.uint8))
@@ -327,49 +378,6 @@ def best_sites(table: pd.DataFrame) -> pd.DataFrame:
     best = means.groupby("task").idxmax()
     chosen = set(best)
     return table[[place in chosen for place in zip(table["task"], table["site"], strict=True)]]
-
-
-def command(
-    study: Annotated[str, typer.Argument(help="names of studies, with commas between")] = "S",
-    suite: Annotated[str, typer.Option(help="embedded, small or paper")] = "small",
-    data: Annotated[str, typer.Option(help="folder of the tasks; APTHORY_DATA if left out")] = "",
-    weights: Annotated[str, typer.Option(help="folder of weight files; APTHORY_WEIGHTS if left out")] = "",
-    workers: Annotated[int, typer.Option(min=1, help="processes of one thread each; 1 uses this process")] = 1,
-) -> None:
-    """Run a layer study; finished cells are kept, so it can be stopped and started again."""
-    try:
-        chosen = find_studies(suite, study)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    if data:
-        os.environ["APTHORY_DATA"] = data
-    if weights:
-        os.environ["APTHORY_WEIGHTS"] = weights
-    with ExitStack() as stack:
-        pool = None
-        if workers > 1:
-            spawn = get_context("spawn")
-            pool = ProcessPoolExecutor(workers, spawn, initializer=torch.set_num_threads, initargs=(1,))
-            stack.enter_context(pool)
-        for one in chosen.values():
-            result = run_study(one, records.folder(suite), pool)
-            means = result.groupby(["backbone", "method", "site"], sort=False)["accuracy"].mean().round(1)
-            typer.echo(means.to_string())
-
-
-def _cell(
-    study: Study, backbone: Mapping[str, Any], task: str, method: Mapping[str, Any], control: bool = False
-) -> dict[str, Any]:
-    protocol = study.protocol
-    return {
-        "backbone": dict(backbone),
-        "task": task,
-        "size": backbone.get("input_size", 64),
-        "method": dict(method),
-        "recipe": asdict(protocol.recipe),
-        "learning_rates": list(protocol.learning_rates),
-        "seeds": list(protocol.control_seeds if control else protocol.seeds),
-    }
 
 
 def _fit_random(

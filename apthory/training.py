@@ -400,6 +400,11 @@ class Bundle:
             if heads is None or len(heads) != len(configurations):
                 num = len(configurations)
                 raise ValueError(f"a frozen head needs heads=, one fit for each of the {num} configurations")
+            found, wanted = {type(one.head_spec).__name__ for one in heads}, type(head or LinearHead()).__name__
+            if found != {wanted}:
+                raise ValueError(
+                    f"the fits in heads= have a {' and a '.join(sorted(found))}; head= asks for a {wanted}"
+                )
             _load(self.heads, [one.state for one in heads], "heads.")
             self.heads.requires_grad_(False)
         self.optimizer = _Optimizer(self.body, self.heads, method, configurations, recipe)

@@ -11,14 +11,18 @@
 #
 # Training a prompt at every layer is dear. Can the layer be told before any prompt is trained? We fit a linear probe,
 # whose head rests on one half of the training images, and take on the other half the gradients
-# $g_i = \partial L_i / \partial d$ for a prompt $d$ at every site at once (then the halves are swapped). Scores:
+# $g_i = \partial L_i / \partial d$ for a prompt $d$ at every site at once: every image goes forward once, one half of
+# them backward. Scores:
 #
-# - **T1, coherence** $|\mathrm{E}g|^2 / \mathrm{E}|g|^2$: how much of the gradient all images share. The estimate is
-#   unbiased for independent draws; the halves are stratified by class, which makes it, and the gain, somewhat low;
+# - **T1, coherence** $|\mathrm{E}g|^2 / \mathrm{E}|g|^2$: how much of the gradient all images share. The halves are
+#   stratified by class, so $|\mathrm{E}g|^2$ is estimated by $|\bar g|^2 - \sum_c (n_c / n)^2 s_c^2 / n_c$, with
+#   $s_c^2$ the variance within class $c$. (Products of different images alone, right for independent draws, would be
+#   low by the variance between classes over $n - 1$: enough to turn signs.);
 # - **T2, windows**: positions that all gradients cover together, over the positions that one reaches;
 # - **T3, gain**: to first order a prompt of norm $\rho$ lowers the loss by $\rho\,|\mathrm{E}g|$, where $\rho$ is the
 #   norm of the site's own activation; to second order (Gauss-Newton $H$) by
-#   $\tfrac12 g^\top (H + \lambda I)^{-1} g$, the step from one set of images and $g$ from another;
+#   $\tfrac12 g^\top (H + \lambda I)^{-1} g$, the step from one set of images and $g$ from another, after three steps of
+#   conjugate gradients ("newton");
 # - **T4, alignment** of the tangent kernel $\operatorname{tr} J(x) J(x')^\top$ with the labels.
 #
 # **What a head at rest hides.** At the head that minimises the expected cross-entropy, with bias,
@@ -50,25 +54,24 @@ folder = records.folder(suite)
 studies = sweeps.find_studies(suite)
 num_second_order = {"embedded": 12, "small": 40}[suite]  # images for the slow scores
 budget = 1 / 8  # of the exhaustive sweep's FLOPs
-SEARCHED = ("vit_micro", "resnet_micro")  # backbones on which the search runs
-FINDING = ("cifar10", "caltech101", "pacs", "sign_digits")  # of the small suite, with micro backbones: to find a score
+MICRO = ("vit_micro", "resnet_micro")  # the score was found on these backbones
+FINDING = ("cifar10", "caltech101", "pacs", "sign_digits")  # and these tasks of the small suite
 
 trained, scored, searched = [], [], []
 for study in studies.values():
     prompts = [cell for cell in sweeps.cells(study) if cell["method"]["name"] == "ap"]
     trained += sweeps.fetch_all(prompts, folder)
     recipe = asdict(study.protocol.recipe)
-    for (name, _), several in itertools.groupby(prompts, lambda cell: (cell["backbone"]["name"], cell["task"])):
+    for _, several in itertools.groupby(prompts, lambda cell: (cell["backbone"]["name"], cell["task"])):
         several = list(several)
-        place = {key: several[0][key] for key in ("backbone", "task", "size")}
+        where = {key: several[0][key] for key in ("backbone", "task", "size")}
+        where["places"] = [cell["method"]["site"] for cell in several]
         examples = {"num_examples": recipe["num_train"], "num_validation": recipe["num_validation"], "seed": 0}
-        config = {**place, **examples, "num_second_order": num_second_order}
-        config["places"] = [cell["method"]["site"] for cell in several]
+        config = {**where, **examples, "num_second_order": num_second_order}
         scored.append(sweeps.fetch(config, folder, layers.score, layers.SOURCES))
-        if name in SEARCHED:
-            rates = list(study.protocol.learning_rates)
-            config = {**place, "recipe": recipe, "learning_rates": rates, "budget": budget, "score": "found", "seed": 0}
-            searched.append(sweeps.fetch(config, folder, layers.search, layers.SOURCES))
+        rates = list(study.protocol.learning_rates)
+        config = {**where, "recipe": recipe, "learning_rates": rates, "budget": budget, "score": "found", "seed": 0}
+        searched.append(sweeps.fetch(config, folder, layers.search, layers.SOURCES))
 
 # %%
 ap = sweeps.table(trained)
@@ -84,7 +87,14 @@ for name, score in selection.SCORES.items():
 table["score:depth"] = table["depth"]
 table["score:trained, on validation"] = table["validation_accuracy"]
 models = list(dict.fromkeys(table["backbone"]))
-is_judged = (suite != "small") | ~table["task"].isin(FINDING) | ~table["backbone"].isin(SEARCHED)  # unseen by `found`
+
+
+def unseen(rows):
+    """Whether the score, and so the search that starts from it, was found without these backbones and tasks."""
+    return (suite != "small") | ~rows["task"].isin(FINDING) | ~rows["backbone"].isin(MICRO)
+
+
+is_judged = unseen(table)
 
 costs = pd.DataFrame(
     {"backbone": record.config["backbone"]["name"], "order": order, **cost}
@@ -174,11 +184,10 @@ with figures.theme(width=1.0, rows=1.35):
 # %% [markdown]
 # ## Why: little to tell, and a gradient that is noise
 #
-# Left: coherence by depth, one line a task. Most values lie near zero, where the proposition above puts them, and many
-# below: with a head at rest the images' gradients cancel, and stratified halves push the estimate down. Right: for
-# each task, how far accuracy spreads over sites against how well two scores rank them. Where sites differ by no more
-# than the test's own noise (the bar: twice the standard error of a difference of two sites, median over pairs with the
-# best one), no score can rank them.
+# Left: coherence by depth, one line a task. Most values lie near zero, where the proposition above puts them: with a
+# head at rest the images' gradients cancel. Right: for each task, how far accuracy spreads over sites against how well
+# two scores rank them. Where sites differ by no more than the test's own noise (the bar: twice the standard error of a
+# difference of two sites, median over pairs with the best one), no score can rank them.
 
 # %%
 spread, lines = [], []
@@ -220,12 +229,13 @@ with figures.theme(width=1.0, rows=1.35):
 #
 # Accuracy at the site that the exhaustive sweep chose on validation, minus accuracy at
 #
-# - the site of the largest first-order **gain**, and of the **found** score (on tasks that it was not found on);
+# - the site of the largest first-order **gain**, and of the **found** score (on the tasks that it was not found on);
 # - the paper's **default** as recalled: the input of the third block of a ViT, of the third-to-last block of a CNN (if
 #   that was not run: of the last one before it that was);
 # - a **random** site, in expectation;
 # - what the **search** chose and trained on an eighth of the sweep's FLOPs, with one seed: both sides of the pair are
-#   the first seed's. The search may choose any block site, the embedded sweep tried every second one only.
+#   the first seed's. It starts from the found score, so it is judged on the tasks that this was not found on; *search,
+#   seen* is the search on the others, for comparison only. In the embedded suite the budget buys a single training.
 
 # %%
 runs_of = {backbone: ap[ap["backbone"] == backbone] for backbone in models}
@@ -272,6 +282,7 @@ found_runs = pd.DataFrame(
     }
     for record in searched
 )
+is_found_unseen = unseen(found_runs)
 lost = []
 for backbone in models:
     best = exhaustive[backbone]
@@ -280,7 +291,8 @@ for backbone in models:
         "found": suggested(backbone, "found", is_judged),
         "default": default(backbone),
         "random": pooled(runs_of[backbone]),
-        "search": found_runs[found_runs["backbone"] == backbone],
+        "search": found_runs[(found_runs["backbone"] == backbone) & is_found_unseen],
+        "search, seen": found_runs[(found_runs["backbone"] == backbone) & ~is_found_unseen],
     }
     for choice, runs in choices.items():
         if len(runs):
@@ -303,8 +315,11 @@ with figures.theme(width=1.0, rows=1.2):
     figures.save(figure, "08_points_lost", [*trained, *scored, *searched], lost, suite=suite)
 
 # %%
+trials = [len(record["trials"]) for record in searched]
 beside = [
-    found_runs[["backbone", "task", "site", "accuracy", "share"]].set_index(["backbone", "task"]),
+    found_runs.assign(trials=trials, judged=is_found_unseen).set_index(["backbone", "task"])[
+        ["site", "accuracy", "share", "trials", "judged"]
+    ],
     pd.concat(exhaustive.values())
     .query("seed == 0")
     .set_index(["backbone", "task"])[["site", "accuracy"]]
@@ -317,13 +332,19 @@ pd.concat(beside, axis=1, join="inner").round(3)
 #
 # Statistics and thresholds were fixed in `claims.toml` before any score was seen.
 #
-# What came out on real images (small suite): no score reaches a rank correlation of 0.8 on any backbone, and neither
-# does the validation accuracy of the trained prompts themselves, at about 0.5 on the micro backbones: on most tasks the
-# sites differ by less than six points, of which some two would be noise alone. On the two tasks where they differ by
-# more than twelve (traffic signs and hand signs) the gain ranks them at 0.67 to 0.97; depth alone, shallower being
-# better, does as well. That division was seen afterwards and is no verdict. The search stays within an eighth of the
-# sweep's FLOPs; on the CNN it loses next to nothing, on the ViT about two points: there the score puts early sites
-# first, whose long suffixes leave no budget for others. It starts from the score that was found on four of these tasks.
+# What came out on real images (small suite): no score reaches a rank correlation of 0.8 on any backbone. The best is
+# the alignment of the tangent kernel on the CNN, at 0.56; on the ViT none is above 0.2. The validation accuracy of the
+# trained prompts themselves reaches no more than about 0.5 on the micro backbones: on most tasks the sites differ by
+# less than six points, of which some two would be noise alone. On the two tasks where they differ by more than twelve
+# (traffic signs and hand signs) the gain ranks them at 0.92 and 0.93 on the CNN, but at -0.10 and 0.53 on the ViT, and
+# depth alone, shallower being better, at 0.70 to 0.98 on both. That division was seen afterwards and is no verdict.
+#
+# The search stays within an eighth of the sweep's FLOPs and loses, in the mean, 0.2 points on the CNN, 1.1 on the ViT
+# and 3.0 on MobileNetV2, with intervals that reach far beyond the one point that we aim at. On MobileNetV2 it is the
+# learning rate that it misses, not the site: the middle of the grid, with which all sites enter, is four to sixteen
+# times what the sweep chose on Caltech-101. How it spends was settled on the finding tasks, among five designs whose
+# mean accuracies there lay between 52.5 and 53.8 %; but that was after earlier versions had been seen on all tasks of
+# the micro backbones, so on these its verdict is not a blind one.
 
 # %%
 verdicts = []
@@ -361,11 +382,10 @@ for backbone in models:
         note = f"default: {against['site'].iloc[0]}"
         judge(f"{claim}.default", statistics.paired_difference(chosen, against), backbone, chosen, own, note)
         judge(f"{claim}.random", statistics.paired_difference(chosen, pooled(runs)), backbone, chosen, own)
-    searches = found_runs[found_runs["backbone"] == backbone]
-    if len(searches):
-        note = "; ".join(f"{row.task}: {row.site}" for row in searches.itertuples())
-        own = [*own, *(record for record in searched if record.config["backbone"]["name"] == backbone)]
-        difference = statistics.paired_difference(exhaustive[backbone], searches)
-        judge("Q-23.accuracy", difference, backbone, searches, own, note)
-        judge("Q-23.cost", statistics.over_tasks(searches["share"]), backbone, searches, own)
+    searches = found_runs[(found_runs["backbone"] == backbone) & is_found_unseen]
+    note = "; ".join(f"{row.task}: {row.site}" for row in searches.itertuples())
+    own = [*own, *(record for record in searched if record.key in set(searches["key"]))]
+    difference = statistics.paired_difference(exhaustive[backbone], searches)
+    judge("Q-23.accuracy", difference, backbone, searches, own, note)
+    judge("Q-23.cost", statistics.over_tasks(searches["share"]), backbone, searches, own)
 pd.DataFrame(verdicts)

@@ -407,12 +407,13 @@ def test_maps_at_hand_give_what_the_profile_gives():
     for class_token in ("renormalize", "drop"):
         table = attention_profile(model, images, class_token=class_token).set_index("layer")
         for layer, (weights,) in maps.items():
-            distance = mean_attention_distance(weights, (4, 4), class_token=class_token, token_size=(8.0, 8.0)).mean(0)
+            kind = {"class_token": class_token, "token_size": (8.0, 8.0)}
+            distance = mean_attention_distance(weights, (4, 4), 1, **kind).mean(0)
             entropy = attention_entropy(weights, 1, class_token=class_token).mean(0)
             expected = torch.tensor(table.loc[layer, ["distance_pixels", "entropy"]].to_numpy())
             torch.testing.assert_close(torch.stack([distance, entropy], 1), expected)
-    with pytest.raises(ValueError, match="maps of 17 tokens hold no grid of 5 x 5"):
-        mean_attention_distance(weights, (5, 5))
+    with pytest.raises(ValueError, match="maps of 17 tokens are not 0 tokens without a place and a grid of 4 x 4"):
+        mean_attention_distance(weights, (4, 4))
 
 
 def test_tokens_need_not_be_square():
@@ -474,6 +475,20 @@ def test_other_calls_that_make_no_sense_are_refused():
         attention_profile(Toy(torch.zeros(1, 4, 4)), torch.zeros(1, 3, 16, 16))
     with pytest.raises(ValueError, match="class_token is 'keep'; there are 'renormalize' and 'drop'"):
         attention._check("keep")
+
+
+@pytest.mark.parametrize("mean", [
+    partial(mean_attention_distance, grid=(2, 2), num_prefix_tokens=1),
+    partial(attention_entropy, num_prefix_tokens=1),
+])  # fmt: skip
+def test_maps_at_hand_that_have_no_mean_are_refused(mean):
+    weights = rand(1, 2, 5, 5).softmax(-1)
+    for row in (torch.full((5,), math.nan), torch.eye(5)[0]):  # all on the class token
+        bad = weights.clone()
+        bad[0, 1, 3] = row
+        with pytest.raises(ValueError, match="NaN or infinite values, or a row without weight"):
+            mean(bad)
+        assert mean(bad[:, :1]).isfinite().all()
 
 
 @pytest.mark.gpu

@@ -56,7 +56,7 @@ def test_help_needs_no_torch_and_lists_the_commands():
     code += "finally: print({'torch', 'pandas', 'papermill'} & sys.modules.keys(), file=sys.stderr)"
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert shown.stderr == "set()\n"
-    for name in ("run", "check", "tasks", "sweep", "pretrain", "bench", "cite"):
+    for name in ("run", "check", "tasks", "sweep", "layers", "pretrain", "bench", "bench-metrics", "cite"):
         assert f" {name} " in shown.stdout
 
 
@@ -154,7 +154,10 @@ def test_a_call_that_cannot_be_read_is_a_usage_error(project, arguments):
     assert "Usage: " in result.stderr
 
 
-@pytest.fixture(params=["run", "check", "tasks", "cite", "sweep", "pretrain", "bench"])
+FORWARDED = {"sweep": "studies", "pretrain": "pretraining", "bench": "bench", "bench-metrics": "metric_bench"}
+
+
+@pytest.fixture(params=["run", "check", "tasks", "cite", *FORWARDED])
 def fails_with(request, project, monkeypatch):
     """Each command, its work replaced by an error; forwarded commands as well."""
 
@@ -162,7 +165,7 @@ def fails_with(request, project, monkeypatch):
         def fail(*arguments, **options):
             raise error
 
-        module = {"sweep": "sweeps", "pretrain": "pretraining", "bench": "bench"}.get(request.param)
+        module = FORWARDED.get(request.param)
         if module:
             monkeypatch.setitem(sys.modules, f"apthory.{module}", SimpleNamespace(command=lambda: fail()))
         monkeypatch.setattr(notebooks, "run", fail)

@@ -207,6 +207,17 @@ def test_classes_may_share_a_source_class_by_mode():
     assert len(set(bundle.map[0].tolist())) < 4
 
 
+def test_of_classes_that_share_a_source_the_earliest_is_predicted_however_logits_round():
+    classifier = source(3, 256)
+    bundle = LabelMapping(classifier, "frequency", "mode").build(1, 256, 9, generators(1))
+    bundle.map.copy_(torch.tensor([[2, 2, 2, 0, 2, 1, 2, 0, 2]]))
+    features = draw(300, 256)
+    expected = torch.tensor([3, 5, 0])[classifier(features).argmax(1)]
+    for logits in (bundle(features)[0], bundle.export(0)(features)):
+        assert torch.equal(logits.argmax(1), expected)
+        torch.testing.assert_close(logits, classifier(features)[:, bundle.map[0]], rtol=0, atol=6e-3)
+
+
 def test_what_does_not_fit_is_an_error():
     with pytest.raises(ValueError, match=r"how is 'once' and assignment 'greedy'; expected one of random, frequency"):
         LabelMapping.__post_init__(_unchecked(how="once", assignment="greedy"))

@@ -80,7 +80,7 @@ def test_stored_features_give_what_the_network_gives_with_both_tools():
 
 def test_loops_over_maps_give_the_fast_distances():
     maps = torch.randn(2, 3, 13, 13, generator=torch.Generator().manual_seed(0)).softmax(-1)
-    fast = attention.mean_attention_distance(maps, (3, 4), class_token="drop")
+    fast = attention.mean_attention_distance(maps, (3, 4), 1, class_token="drop")
     slow = torch.stack([metric_bench._loop_distance(one, (3, 4), lambda step: math.hypot(*step)) for one in maps])
     torch.testing.assert_close(fast, slow)
 

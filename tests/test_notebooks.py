@@ -333,7 +333,7 @@ def test_commands_of_other_modules_are_found_when_called(monkeypatch, name):
     def command(size: int, fast: bool = False):
         typer.echo(f"{name} {size} {fast}")
 
-    module = {"pretrain": "pretraining", "sweep": "sweeps", "bench": "bench"}[name]
+    module = {"pretrain": "pretraining", "sweep": "studies", "bench": "bench"}[name]
     monkeypatch.setitem(sys.modules, f"apthory.{module}", SimpleNamespace(command=command))
     result = CliRunner().invoke(app, [name, "3", "--fast"])
     assert result.exit_code == 0

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -203,6 +204,18 @@ def test_methods_refuse_what_does_not_fit_the_backbone():
         AdaViPro(region=56).build(tiny.backbone("vit"), 1)
     with pytest.raises(ValueError, match="temperature, floor and dim are positive"):
         AdaViPro(floor=0.0)
+
+
+@pytest.mark.parametrize("fields", [{"diversity": ("flips",)}, {"diversity": "flip"}, {"normalization": "L2"}])
+def test_evp_with_something_else_is_an_error(fields: dict[str, object]):
+    given = SimpleNamespace(**{"diversity": (), "normalization": "l2", **fields})  # past the type checks of tests
+    with pytest.raises(ValueError, match="expected a tuple of flip, crop, randaugment, and one of l2, l1, linf, none"):
+        EVP.__post_init__(given)
+
+
+def test_a_place_that_there_is_not_is_an_error():
+    with pytest.raises(ValueError, match="place is 'corner'; expected one of frame, patch, random_patch"):
+        Layout.__post_init__(SimpleNamespace(place="corner"))
 
 
 def test_a_prompt_on_images_of_another_size_is_an_error():
@@ -442,6 +455,11 @@ def test_decisions_under_noise_are_drawn_from_the_softmax():
     share = float(regions.decide_softly(logits, noise, 5.0).mean())
     probability = 1 / (1 + math.exp(-0.7))
     assert abs(share - probability) < 4 * math.sqrt(probability * (1 - probability) / 20_000)
+
+
+def test_noise_is_finite_even_where_a_generator_draws_zero(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Tensor, "exponential_", lambda draws, generator: draws.zero_())
+    assert regions.gumbel((3,), torch.Generator()).isfinite().all()
 
 
 @pytest.mark.parametrize("temperature", [5.0, 1.0, 0.1])

@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 
 # What each module may import of ours; a module that is not listed may import any that does not import it.
-BELOW_METHODS = {"sites", "prompts", "pixels", "heads"}
+BELOW_METHODS = {"sites", "prompts", "pixels", "regions", "diversity", "heads"}
 BELOW_TRAINING = BELOW_METHODS | {"methods", "backbones", "tasks", "records", "progress"}
 BELOW_SWEEPS = BELOW_TRAINING | {"training", "efficiency", "metrics", "statistics"}
 MAY_IMPORT = {
@@ -26,13 +26,15 @@ MAY_IMPORT = {
     "progress": set(),
     "sites": set(),
     "metrics": {"sites"},
-    "prompts": {"sites", "backbones"},
-    "pixels": {"sites"},
+    "prompts": {"sites", "backbones", "pixels", "heads"},
+    "regions": set(),
+    "diversity": set(),
+    "pixels": {"backbones", "regions", "diversity"},
     "equivalence": {"sites", "prompts"},
     "limits": {"sites", "backbones"},
     "input_study": BELOW_SWEEPS | {"limits"},
     "equivalence_study": BELOW_SWEEPS | {"equivalence"},
-    "methods": BELOW_METHODS,
+    "methods": BELOW_METHODS | {"backbones"},
     "heads": BELOW_TRAINING - {"methods"},
     "backbones": BELOW_TRAINING,
     "tasks": BELOW_TRAINING,
@@ -40,16 +42,20 @@ MAY_IMPORT = {
     "pretraining": BELOW_TRAINING,
     "training": BELOW_TRAINING,
     "efficiency": BELOW_TRAINING | {"training"},
-    "selection": BELOW_SWEEPS | {"theory"},
+    "ranking": BELOW_SWEEPS | {"theory"},
+    "selection": BELOW_SWEEPS | {"theory", "ranking"},
     "sweeps": BELOW_SWEEPS,
     "bench": BELOW_SWEEPS,
+    "metric_bench": BELOW_SWEEPS,
+    "profiles": {"sites", "metrics", "progress"},
+    "global_study": BELOW_SWEEPS | {"input_study", "profiles"},
 }
 # The only modules of ours that may import a package of others.
 ONLY_IN = {
     "timm": {"sites", "backbones", "metrics.attention", "pretraining"},
-    "torchvision": {"tasks", "pretraining"},
+    "torchvision": {"tasks", "pretraining", "diversity"},
     "datasets": {"tasks", "pretraining"},
-    "open_clip": {"heads", "backbones"},
+    "open_clip": {"clip"},
     "peft": {"methods"},
     "matplotlib": {"figures"},
     "seaborn": {"figures"},
@@ -63,6 +69,7 @@ REQUIREMENTS = {
     "sklearn": "scikit-learn",
     "skimage": "scikit-image",
     "open_clip": "open-clip-torch",
+    "torch_cka": "torch-cka",
     "distributed": "dask",
 }
 CONDA_NAMES = {"pytorch": "torch", "matplotlib-base": "matplotlib", "seaborn-base": "seaborn"}

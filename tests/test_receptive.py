@@ -40,6 +40,13 @@ def reached_by_nan(model: nn.Module, site: str, side: int) -> tuple[int, int]:
     return spans[0], spans[1]
 
 
+def test_participation_ratio_hides_nothing():
+    energy = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [math.nan, 1.0, 1.0]])
+    torch.testing.assert_close(
+        receptive.participation_ratio(energy), torch.tensor([2.0, 0.0, math.nan]), equal_nan=True
+    )
+
+
 # ---------------------------------------------------------------------------------------------- effective field
 
 
@@ -118,7 +125,7 @@ def test_stacked_convolutions_add_up_by_their_strides():
 
 def test_known_fields_of_vgg16_and_resnet18():
     plan = [layer for num in (2, 2, 3, 3, 3) for layer in (*(nn.Conv2d(3, 3, 3, padding=1),) * num, nn.MaxPool2d(2))]
-    field = receptive.theoretical_fields(nn.Sequential(*plan), torch.zeros(1, 3, 64, 64), [":output"])[":output"]
+    field = receptive.theoretical_fields(nn.Sequential(*plan).eval(), torch.zeros(1, 3, 64, 64), [":output"])[":output"]
     assert field == (212, 212, (32, 32))
     resnet18 = backbones.create("resnet_micro").eval()  # its layers, with fewer channels
     sizes = [field.height for field in receptive.theoretical_fields(resnet18, torch.zeros(1, 3, 64, 64)).values()]
@@ -165,13 +172,29 @@ def test_a_linear_layer_mixes_what_lies_along_the_last_axis():
             return self.along(tokens.transpose(-1, -2))
 
     places = ["patches", "across", "along"]
-    fields = receptive.theoretical_fields(Mixing(), torch.zeros(1, 3, 16, 16), places)
+    fields = receptive.theoretical_fields(Mixing().eval(), torch.zeros(1, 3, 16, 16), places)
     assert [field.height for field in fields.values()] == [4, 4, math.inf]
     nhwc = nn.Sequential(
         nn.Conv2d(3, 4, 3), Permuted(0, 2, 3, 1), nn.LayerNorm(4), nn.Linear(4, 5), Permuted(0, 3, 1, 2)
     )
-    fields = receptive.theoretical_fields(nhwc.append(nn.Linear(14, 14)), torch.zeros(1, 3, 16, 16), ["3", "4", "5"])
+    fields = receptive.theoretical_fields(
+        nhwc.append(nn.Linear(14, 14)).eval(), torch.zeros(1, 3, 16, 16), ["3", "4", "5"]
+    )
     assert [field.height for field in fields.values()] == [3, 3, math.inf]
+
+
+@pytest.mark.parametrize("turn", [lambda z: z.mT, lambda z: z.movedim(1, 2), lambda z: z.transpose(1, 2)])
+def test_channels_are_not_mistaken_for_as_many_positions(turn):
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.along = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.along(turn(self.patches(x).flatten(2).transpose(1, 2)))
+
+    fields = receptive.theoretical_fields(Turned().eval(), torch.zeros(1, 3, 16, 16), ["along"])
+    assert math.isinf(fields["along"].height)
 
 
 class Permuted(nn.Module):
@@ -189,7 +212,7 @@ def test_an_unknown_operation_is_named():
             return x.cumsum(-1)
 
     with pytest.raises(receptive.UnknownOperationError, match="cannot tell how far the operation 'cumsum' reaches"):
-        receptive.theoretical_fields(Odd(), noise(1), [":output"])
+        receptive.theoretical_fields(Odd().eval(), noise(1), [":output"])
 
 
 # ---------------------------------------------------------------------------------------------- reach
@@ -268,6 +291,14 @@ def test_one_forward_pass_serves_all_sites_and_leaves_no_trace(metric):
 # ---------------------------------------------------------------------------------------------- bad input
 
 METRICS = [receptive.receptive_fields, receptive.gradient_reach]
+
+
+def test_training_mode_moves_no_statistic_of_a_theoretical_field():
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2))
+    before = backbones.digest(model)
+    with pytest.raises(ValueError, match="training mode"):
+        receptive.theoretical_fields(model, torch.zeros(1, 3, 8, 8), ["0"])
+    assert backbones.digest(model) == before
 
 
 @pytest.mark.parametrize("metric", METRICS)

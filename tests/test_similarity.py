@@ -356,9 +356,14 @@ def test_calls_that_make_no_sense_are_refused():
         alignment.update({"b": x})
     with pytest.raises(ValueError, match="no kernel 'cosine'; there are 'linear' and 'rbf'"):
         similarity._check_kernel("cosine", 1.0)
+    with pytest.raises(ValueError, match=r"shape \(6, 0\); give at least one value"):
+        cka(x, x[:, :0])
     for bandwidth in (0.0, math.nan):
         with pytest.raises(ValueError, match="must be positive"):
             CKA(kernel="rbf", bandwidth=bandwidth)
+        with pytest.raises(ValueError, match="must be positive"):
+            cka(x, x, bandwidth=bandwidth)
+    assert float(cka(x[:, 0], x[:, 1])) == float(cka(x[:, :1], x[:, 1:2]))  # one feature
 
 
 def test_networks_and_images_that_do_not_fit_are_refused():
@@ -405,6 +410,15 @@ def test_a_gpu_gives_the_same_digits():
         value = cka(x.float().cuda(), y.float().cuda(), kernel=kernel, debiased=debiased)
         assert value.is_cuda
         assert abs(float(value) - twin) <= 1e-5
+        tall = [z[:, :20].float() for z in (x, y)]  # more samples than features
+        value = cka(*(z.cuda() for z in tall), kernel=kernel, debiased=debiased)
+        assert abs(float(value) - float(cka(*tall, kernel=kernel, debiased=debiased))) <= 1e-5
     alignment = CKA()
     alignment.update({"x": x.float().cuda()}, {"y": y.float().cuda()})
     assert alignment.compute().loc["x", "y"] == pytest.approx(float(cka(x, y)), abs=1e-5)
+
+
+def test_an_rbf_kernel_needs_a_median_distance():
+    x = torch.zeros(8, 3).index_fill_(0, torch.tensor([7]), 1.0)
+    with pytest.raises(ValueError, match="more than half of the pairs of samples are equal"):
+        cka(x, torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), kernel="rbf")

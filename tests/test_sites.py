@@ -552,3 +552,32 @@ def test_asking_for_a_shape_leaves_a_backbone_in_training_as_it_was():
     assert sites.site_shape(model, "layer2.0:input") == (8, 8, 8)
     assert all(module.training for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class SelfAttention(nn.Module):
+    """Attention as torch has it, which is given its input three times, once by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, value=x, need_weights=False)[0].mean(1)
+
+
+@torch.no_grad()
+def test_the_input_of_self_attention_is_query_key_and_value_at_once():
+    model, x = SelfAttention().eval(), torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    delta = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    expected = model(x + delta)
+    with sites.edited(model, {"attention:input": lambda z: z + delta}):
+        torch.testing.assert_close(model(x), expected)
+    prefix, suffix = sites.split(model, "attention:input", {"attention:input": lambda z: z + delta}, x)
+    assert torch.equal(suffix(*prefix(x)), expected)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "vgg11"])
+def test_the_classifier_after_pooling_does_not_decide_where_channels_lie(name):
+    model = timm.create_model(name, num_classes=7).eval()
+    site = {"resnet18": "layer4.1:output", "efficientnet_b0": "bn2:output", "vgg11": "features:output"}[name]
+    assert sites.channel_axis(model, site, torch.zeros(1, 3, 64, 64)) == -3

@@ -98,6 +98,8 @@ def test_maps_without_an_answer_are_refused():
         _ = single.relative_log_amplitude
     with pytest.raises(ValueError, match="zero everywhere"):
         _ = spectrum.amplitude_by_frequency(torch.zeros(2, 3, 4, 4)).shared
+    with pytest.raises(ValueError, match=r"shape \(0, 3, 4, 4\); expected \[batch, channel, height, width\]"):
+        spectrum.amplitude_by_frequency(torch.zeros(0, 3, 4, 4))
     for value in (math.nan, math.inf):
         maps = noise(2, 3, 4, 4)
         maps[0, 0, 0, 0] = value

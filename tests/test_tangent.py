@@ -1,6 +1,9 @@
 """Scores from the tangent of a network: exact where it is linear, against loops and matrices written out."""
 
+import itertools
 import math
+from functools import reduce
+from operator import add
 
 import numpy as np
 import pytest
@@ -83,8 +86,67 @@ def test_coherence_of_opposite_gradients_is_below_zero():
     sums = tangent.Gradients.of(g)
     assert sums.coherence == pytest.approx(-1.0)
     assert sums.mean_norm == pytest.approx(-1.0)
-    with pytest.raises(ValueError, match="give at least two"):
+    with pytest.raises(ValueError, match=r"what 1 gradients share .* give at least two of one"):
         _ = tangent.Gradients.of(g[:1]).mean_square
+
+
+def stratified(g, labels):
+    """Sums of a stratified sample, from images in the order of their classes, in uneven pieces."""
+    classes = []
+    for label in labels.unique():
+        own = g[labels == label]
+        pieces = [tangent.Gradients.of(own[:1]), *([tangent.Gradients.of(own[1:])] if len(own) > 1 else [])]
+        classes.append(reduce(add, pieces).as_stratum())
+    return reduce(add, classes)
+
+
+def test_the_mean_square_of_a_stratified_sample_is_without_bias_where_that_of_independent_draws_is_not():
+    """Twelve examples, three of each class: how many does not vary, so what classes differ in is no noise."""
+    labels = torch.arange(12) // 3
+    means = 2.0 * rand(4, 10, seed=1) + 0.1
+    draws = means[labels] + rand(1500, 12, 10)
+    truth = float(means.mean(0).square().sum())
+    found = np.array([[s.mean_square for s in (stratified(g, labels), tangent.Gradients.of(g))] for g in draws])
+    error = found.std(0) / len(found) ** 0.5
+    assert abs(found[:, 0].mean() - truth) < 3 * error[0]
+    between = float((means - means.mean(0)).square().sum()) / 4  # low by the classes' variance over n - 1
+    assert abs(found[:, 1].mean() - (truth - between / 11)) < 3 * error[1]
+    assert between / 11 > 15 * error[1]
+
+
+def test_the_mean_square_of_a_stratified_sample_is_made_of_products_of_different_examples():
+    g, labels = rand(9, 6) + 0.3, torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2])
+    sizes = labels.bincount()
+    total = 0.0
+    for i, j in itertools.permutations(range(9), 2):
+        n = int(sizes[labels[i]])
+        weight = n / (n - 1) if labels[i] == labels[j] else 1.0  # pairs of a class stand in for its squares as well
+        total += weight * float(g[i] @ g[j])
+    sums = stratified(g, labels)
+    assert sums.mean_square == pytest.approx(total / 81, rel=1e-12)
+    assert sums.coherence == pytest.approx(total / 81 / float(g.square().sum(1).mean()), rel=1e-12)
+    for name in ("count", "reach", "coverage", "windows", "individual_norm"):  # the classes do not matter to these
+        assert getattr(sums, name) == pytest.approx(getattr(tangent.Gradients.of(g), name), rel=1e-12)
+
+
+def test_a_class_with_one_example_takes_the_variance_within_the_others():
+    labels = torch.tensor([0, 0, 0, 1, 1, 1, 2])
+    means = 3.0 * rand(3, 10, seed=2)
+    draws = means[labels] + rand(1500, 7, 10)  # the same variance in all classes: then it is without bias as well
+    truth = float((means[labels].mean(0)).square().sum())
+    found = np.array([stratified(g, labels).mean_square for g in draws])
+    assert abs(found.mean() - truth) < 3 * found.std() / len(found) ** 0.5
+    with pytest.raises(ValueError, match="no two are of the same class"):
+        _ = stratified(draws[0, ::3], labels[::3]).mean_square
+
+
+def test_closed_classes_join_closed_classes_only():
+    g = rand(4, 3)
+    closed = tangent.Gradients.of(g).as_stratum()
+    with pytest.raises(ValueError, match="cannot join a stratified sample"):
+        _ = closed + tangent.Gradients.of(g)
+    with pytest.raises(ValueError, match="these are 1 closed ones already"):
+        closed.as_stratum()
 
 
 @pytest.mark.parametrize(("num_windows", "reach"), [(1, 16), (4, 4), (16, 1)])
@@ -111,21 +173,25 @@ def test_positions_are_all_axes_but_the_channels():
 
 
 def test_first_order_gain_bounds_what_a_prompt_gains_for_a_convex_loss():
+    """These examples are the whole population: each twice, as a class without scatter, so that `mean_norm` is exact."""
     x, weight, labels = rand(64, 5), rand(5, 3, seed=1), torch.arange(64) % 3
 
-    def loss(prompt):
-        return functional.cross_entropy((x + prompt) @ weight, labels)
+    def losses(logits):
+        return functional.cross_entropy(logits, labels, reduction="none")
 
-    prompt = torch.zeros(5, dtype=torch.float64, requires_grad=True)
-    (g,) = torch.autograd.grad(loss(prompt), prompt)
-    prompt = prompt.detach()
+    def loss(prompt):
+        return float(losses((x + prompt) @ weight).mean())
+
+    zeros = {"here": torch.zeros(64, 5, dtype=torch.float64)}
+    g = tangent.example_gradients(lambda shifts: (x + shifts["here"]) @ weight, zeros, losses)["here"]
+    sums = stratified(g.repeat_interleave(2, 0), torch.arange(64).repeat_interleave(2))
+    start = loss(torch.zeros(5, dtype=torch.float64))
     for seed in range(50):
         direction = rand(5, seed=seed)
         for size in (0.01, 0.3, 3.0):
-            step = size * direction / direction.norm()
-            assert float(loss(prompt) - loss(step)) <= size * float(g.norm()) + 1e-12
-    best = -1e-4 * g / g.norm()
-    assert float(loss(prompt) - loss(best)) == pytest.approx(1e-4 * float(g.norm()), rel=1e-3)  # and tight
+            assert start - loss(size * direction / direction.norm()) <= size * sums.mean_norm + 1e-12
+    best = -1e-4 * sums.total / sums.total.norm()
+    assert start - loss(best) == pytest.approx(1e-4 * sums.mean_norm, rel=1e-3)  # and tight
 
 
 # ----------------------------------------------------------------------------------- second order: T3
@@ -145,7 +211,7 @@ def squared(target):
 def test_newton_solves_a_linear_model_with_squared_loss(linear):
     jacobian, start, target, model = linear
     prompt, ridge = torch.zeros(8, dtype=torch.float64), 0.3
-    found = tangent.newton(model, prompt, squared(target), ridge, tolerance=1e-14)
+    found = tangent.newton([tangent.Part(model, squared(target))], prompt, ridge, tolerance=1e-14)
     rows = jacobian.flatten(0, 1) / 6**0.5
     hessian = rows.T @ rows + ridge * torch.eye(8, dtype=torch.float64)
     gradient = rows.T @ (start - target).flatten() / 6**0.5
@@ -170,12 +236,38 @@ def test_a_solve_that_stops_early_states_what_its_own_step_gains(linear):
 
     gains = []
     for num in (1, 2, 4, 20):
-        found = tangent.newton(model, prompt, squared(target), ridge, max_products=num)
+        found = tangent.newton([tangent.Part(model, squared(target))], prompt, ridge, max_products=num)
         assert found.num_products <= num
         assert found.gain == pytest.approx(regularised(prompt) - regularised(-found.step), rel=1e-9)
         gains.append(found.gain)
     assert gains == sorted(gains)
     assert gains[0] < gains[-1]
+
+
+def test_parts_of_the_examples_give_what_all_of_them_give():
+    x, weight, out, labels = rand(7, 4), rand(4, 5, seed=1), rand(5, 3, seed=2), torch.arange(7) % 3
+    prompt, classes = torch.zeros(4, dtype=torch.float64), rand(2, 3, seed=3)
+
+    def part(some):
+        def loss(y):
+            return functional.cross_entropy(y, labels[some], reduction="sum") / 7
+
+        return tangent.Part(lambda prompt: torch.tanh((x[some] + prompt) @ weight) @ out, loss)
+
+    def shifted(some):
+        own = x[some]
+        return lambda shifts: torch.tanh((own + shifts["here"]) @ weight) @ out, {"here": torch.zeros_like(own)}
+
+    slices = [slice(0, 3), slice(3, 4), slice(4, 7)]
+    whole = tangent.newton([part(slice(None))], prompt, 0.1, max_products=2)
+    apart = tangent.newton([part(some) for some in slices], prompt, 0.1, max_products=2)
+    assert (apart.gain, apart.num_products) == (pytest.approx(whole.gain, rel=1e-12), whole.num_products)
+    torch.testing.assert_close(apart.step, whole.step, **EXACT)
+    torch.testing.assert_close(
+        tangent.tangent_kernels([shifted(some) for some in slices], classes)["here"],
+        tangent.tangent_kernels([shifted(slice(None))], classes)["here"],
+        **EXACT,
+    )
 
 
 def test_products_are_those_of_the_gauss_newton_matrix_and_not_of_the_hessian():
@@ -188,7 +280,7 @@ def test_products_are_those_of_the_gauss_newton_matrix_and_not_of_the_hessian():
         return functional.cross_entropy(y, labels)
 
     prompt = torch.zeros(4, dtype=torch.float64)
-    gradient, product = tangent.gauss_newton(model, prompt, loss)
+    gradient, product = tangent.gauss_newton([tangent.Part(model, loss)], prompt)
     jacobian = torch.autograd.functional.jacobian(model, prompt)  # (example, class, prompt)
     p = model(prompt).softmax(1)
     curvature = (torch.diag_embed(p) - p[:, :, None] * p[:, None]) / 6
@@ -204,19 +296,15 @@ def test_products_are_those_of_the_gauss_newton_matrix_and_not_of_the_hessian():
 def test_newton_wants_a_ridge(linear):
     _, _, target, model = linear
     with pytest.raises(ValueError, match=r"ridge is 0\.0; the step needs a positive one"):
-        tangent.newton(model, torch.zeros(8, dtype=torch.float64), squared(target), 0.0)
+        tangent.newton([tangent.Part(model, squared(target))], torch.zeros(8, dtype=torch.float64), 0.0)
 
 
 def test_a_prompt_that_the_network_does_not_feel_gains_nothing():
     norm = nn.LayerNorm(5).double()  # blind to the direction 1
     x, labels = rand(6, 5), torch.arange(6) % 5
     ones = torch.ones(5, dtype=torch.float64)
-    found = tangent.newton(
-        lambda prompt: norm(x + prompt * ones),
-        torch.zeros(1, dtype=torch.float64),
-        lambda y: functional.cross_entropy(y, labels),
-        1.0,
-    )
+    part = tangent.Part(lambda prompt: norm(x + prompt * ones), lambda y: functional.cross_entropy(y, labels))
+    found = tangent.newton([part], torch.zeros(1, dtype=torch.float64), 1.0)
     assert abs(found.gain) < 1e-20
 
 
@@ -226,7 +314,7 @@ def test_a_prompt_that_the_network_does_not_feel_gains_nothing():
 def test_kernels_are_traces_of_products_of_jacobians(network):
     x, weights, shifts, _ = network
     model = two_places(x, weights)
-    kernels = tangent.tangent_kernels(model, shifts)
+    kernels = tangent.tangent_kernels([(model, shifts)])
     for place, zero in shifts.items():
         jacobian = torch.autograd.functional.jacobian(lambda s, place=place: model({**shifts, place: s}), zero)
         own = torch.stack([jacobian[i, :, i] for i in range(7)])  # an example's logits and its own shift
@@ -236,7 +324,7 @@ def test_kernels_are_traces_of_products_of_jacobians(network):
 def test_a_linear_network_has_a_constant_kernel_whose_alignment_is_zero():
     x, weight = rand(6, 4), rand(4, 3, seed=1)
     zeros = {"here": torch.zeros(6, 4, dtype=torch.float64)}
-    kernel = tangent.tangent_kernels(lambda shifts: (x + shifts["here"]) @ weight, zeros)["here"]
+    kernel = tangent.tangent_kernels([(lambda shifts: (x + shifts["here"]) @ weight, zeros)])["here"]
     torch.testing.assert_close(kernel, torch.full((6, 6), float(weight.square().sum()), dtype=torch.float64), **EXACT)
     assert tangent.alignment(kernel, tangent.label_kernel(torch.arange(6) % 2)) == pytest.approx(0.0, abs=1e-9)
 
@@ -244,10 +332,10 @@ def test_a_linear_network_has_a_constant_kernel_whose_alignment_is_zero():
 def test_random_directions_give_the_kernel_in_the_mean(network):
     x, weights, shifts, _ = network
     model = two_places(x, weights)
-    exact = tangent.tangent_kernels(model, shifts)["late"]
+    exact = tangent.tangent_kernels([(model, shifts)])["late"]
     generator = torch.Generator().manual_seed(0)
     frames = [tangent.frame(2, 3, generator).double() for _ in range(300)]
-    draws = torch.stack([tangent.tangent_kernels(model, shifts, one)["late"] for one in frames])
+    draws = torch.stack([tangent.tangent_kernels([(model, shifts)], one)["late"] for one in frames])
     error = draws.std(0) / len(draws) ** 0.5
     assert bool(((draws.mean(0) - exact).abs() < 4.5 * error).all())
     for one in frames[:3]:

@@ -189,6 +189,21 @@ def test_the_cache_holds_every_image_once_and_its_bytes_are_counted(task: tasks.
     assert cache.num_bytes == len(torch.cat([used, other.train, other.validation]).unique()) * image
 
 
+@pytest.mark.parametrize(
+    ("first", "other"),
+    [
+        (LinearProbe(site="blocks.1:input"), LinearProbe(site="blocks.2:input")),
+        (FixedPrompt(site="blocks.1:input", norm=1.0), FixedPrompt(site="blocks.1:input", norm=2.0)),
+    ],
+)
+def test_a_cache_of_another_probe_or_fixed_prompt_is_refused(first: Method, other: Method, task: tasks.Task):
+    cache, recipe = training.PrefixCache(), replace(RECIPE, num_epochs=1)
+    for _ in range(2):
+        training.fit(tiny.backbone("vit"), task, first, BUNDLE[:1], recipe, cache=cache)
+    with pytest.raises(ValueError, match="results of another prefix"):
+        training.fit(tiny.backbone("vit"), task, other, BUNDLE[:1], recipe, cache=cache)
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_the_cache_gives_the_prefix_of_each_image_in_any_order(family: str):
     backbone, size = tiny.backbone(family), tiny.images(family, 1).shape[-1]
@@ -319,6 +334,14 @@ def test_a_frozen_head_needs_a_fit_for_each_configuration(num: int, task: tasks.
     method = ActivationPrompting(site="blocks.1:input", head="frozen")
     with pytest.raises(ValueError, match="needs heads=, one fit for each of the 2 configurations"):
         training.fit(backbone, task, method, BUNDLE[:2], RECIPE, heads=probes)
+
+
+def test_a_frozen_head_of_another_kind_is_an_error(task: tasks.Task):
+    backbone, recipe = tiny.backbone("resnet"), replace(RECIPE, num_epochs=1)
+    probes = training.fit(backbone, task, LinearProbe(), BUNDLE[:1], recipe)
+    method = ActivationPrompting(site=SITE["resnet"], head="frozen")
+    with pytest.raises(ValueError, match=r"the fits in heads= have a LinearHead; head= asks for a TextHead"):
+        training.fit(backbone, task, method, BUNDLE[:1], recipe, head=HEADS["text"], heads=probes)
 
 
 # ---------------------------------------------------------------------------------- kinds of heads

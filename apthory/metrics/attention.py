@@ -80,6 +80,7 @@ def attention_profile(
 def mean_attention_distance(
     weights: Float[Tensor, "*batch head token token"],
     grid: tuple[int, int],
+    num_prefix_tokens: int = 0,
     *,
     class_token: ClassToken = "renormalize",
     token_size: tuple[float, float] = (1.0, 1.0),
@@ -89,21 +90,27 @@ def mean_attention_distance(
     Args:
         weights: Attention maps, rows are queries. Tokens without a place come first, then the grid row by row.
         grid: Height and width in tokens.
+        num_prefix_tokens: How many tokens without a place (class token, registers) there are.
         class_token: As for `attention_profile`.
         token_size: Height and width of a token in the unit of the result, such as pixels.
+
+    Raises:
+        ValueError: If the tokens are not as many, maps are not finite, or a row has no weight on the tokens that count.
     """
-    num_prefix = weights.shape[-1] - math.prod(grid)
-    if num_prefix < 0:
-        raise ValueError(f"maps of {weights.shape[-1]} tokens hold no grid of {grid[0]} x {grid[1]}")
+    if weights.shape[-1] != num_prefix_tokens + math.prod(grid):
+        raise ValueError(
+            f"maps of {weights.shape[-1]} tokens are not {num_prefix_tokens} tokens without a place and a grid of "
+            f"{grid[0]} x {grid[1]}; give num_prefix_tokens and grid that add up to them"
+        )
     _check(class_token)
-    table = _distances(_Places(grid, token_size, num_prefix), class_token, weights.dtype, weights.device)[-1]
+    table = _distances(_Places(grid, token_size, num_prefix_tokens), class_token, weights.dtype, weights.device)[-1]
     maps = weights.flatten(0, -3)
     means = []
     for part in maps.split(_num_maps(maps)):
-        rows = _rows(part, num_prefix, class_token)
+        rows = _rows(part, num_prefix_tokens, class_token)
         distance = (rows * table).sum(-1)
         means.append((distance / rows.sum(-1) if class_token == "renormalize" else distance).mean(-1))
-    return torch.cat(means).view(weights.shape[:-2])
+    return _defined(torch.cat(means).view(weights.shape[:-2]))
 
 
 def attention_entropy(
@@ -112,10 +119,14 @@ def attention_entropy(
     *,
     class_token: ClassToken = "renormalize",
 ) -> Float[Tensor, "*batch head"]:
-    """Entropy of maps at hand in nats, mean over the queries that have a place; at most the log of their keys."""
+    """Entropy of maps at hand in nats, mean over the queries that have a place; at most the log of their keys.
+
+    Raises:
+        ValueError: As for `mean_attention_distance`.
+    """
     _check(class_token)
     rows = _rows(weights, num_prefix_tokens, class_token)
-    return torch.special.entr(rows / rows.sum(-1, keepdim=True)).sum(-1).mean(-1)
+    return _defined(torch.special.entr(rows / rows.sum(-1, keepdim=True)).sum(-1).mean(-1))
 
 
 # ------------------------------------------------------------------------------------------ means of maps
@@ -146,6 +157,13 @@ def _distances(
 def _rows(weights: Tensor, num_prefix: int, class_token: ClassToken) -> Float[Tensor, "*batch query key"]:
     """Rows of the tokens that have a place, to those that count."""
     return weights[..., num_prefix:, num_prefix if class_token == "renormalize" else 0 :]
+
+
+def _defined(means: Float[Tensor, "*batch head"]) -> Float[Tensor, "*batch head"]:
+    """The means of maps at hand, if all of them are numbers."""
+    if not means.isfinite().all():
+        raise ValueError("attention maps hold NaN or infinite values, or a row without weight on the tokens that count")
+    return means
 
 
 def _num_maps(maps: Float[Tensor, "map query key"]) -> int:

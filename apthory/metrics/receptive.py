@@ -28,7 +28,8 @@ Readout = Callable[[Float[Tensor, "batch *feature"], Int64[Tensor, " batch"]], F
 
 def participation_ratio(energy: Float[Tensor, "*batch position"]) -> Float[Tensor, "*batch"]:
     """``(sum e)^2 / sum e^2``: n if the energy is the same at n positions and nothing elsewhere; 0 without energy."""
-    return (energy.sum(-1).square() / energy.square().sum(-1)).nan_to_num(0.0)
+    ratio = energy.sum(-1).square() / energy.square().sum(-1)
+    return torch.where((energy == 0).all(-1), 0.0, ratio)
 
 
 # ------------------------------------------------------------------------------------------ effective field
@@ -148,18 +149,19 @@ def theoretical_fields(
 
     Raises:
         UnknownOperationError: If it is not known how far an operation reaches.
-        ValueError: If a site does not depend on the image.
+        ValueError: If a site does not depend on the image, or the backbone is in training mode.
 
     References:
         Araujo et al. (2019), Computing receptive fields of convolutional neural networks, Distill.
     """
     places = list(places) if places is not None else sites.list_sites(backbone)
-    x = cast(_Tracked, torch.zeros_like(image[:1]).as_subclass(_Tracked))
+    (first,) = batches(image[:1], 1, backbone)
+    x = torch.zeros_like(first).as_subclass(_Tracked)
     x.field, x.channels = TheoreticalField(1, 1, (1, 1)), 1
     seen = sites.capture(backbone, places, x)
     if constant := [site for site, z in seen.items() if not isinstance(z, _Tracked)]:
         raise ValueError(f"site {constant[0]!r} does not depend on the image")
-    return {site: z.field for site, z in seen.items()}
+    return {site: cast(_Tracked, z).field for site, z in seen.items()}
 
 
 _ARITHMETIC = ("add", "sub", "mul", "div", "truediv", "pow")
@@ -207,7 +209,7 @@ def _moved(name: str, axis: int | None, before: torch.Size, after: torch.Size, a
     rank = len(before)
     if name in ("conv2d", "max_pool2d", "avg_pool2d", "linear"):
         return len(after) - 1 if name == "linear" else 1
-    if axis is None:
+    if axis is None or name in ("movedim", "get"):  # the latter is z.mT, too
         return None
     if name in ("permute", "transpose"):
         dims = [dim % rank for dim in tree_leaves(args)]

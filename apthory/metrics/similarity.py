@@ -57,6 +57,7 @@ def cka(
     """
     if len(x) != len(y):
         raise ValueError(f"x has {len(x)} samples, y has {len(y)}; CKA compares features of the same samples")
+    _check_kernel(kernel, bandwidth)
     _check_number(len(x), debiased)
     pair = {"x": x, "y": y}
     if kernel == "linear" and all(len(z) > z[0].numel() for z in pair.values()):
@@ -193,7 +194,11 @@ def layer_similarity(
 def gram(
     x: Float[Tensor, "sample *feature"], kernel: Kernel = "linear", bandwidth: float = 1.0
 ) -> Float64[Tensor, "sample sample"]:
-    """Kernel of all pairs of samples, up to what centring takes away: of centred features, the RBF kernel less 1."""
+    """Kernel of all pairs of samples, up to what centring takes away: of centred features, the RBF kernel less 1.
+
+    Raises:
+        ValueError: If most pairs of samples are equal but not all, so that the RBF kernel has no median to go by.
+    """
     _check_kernel(kernel, bandwidth)
     x = _widened(x)
     products = _products(x)
@@ -205,7 +210,12 @@ def gram(
     norms = products.diagonal()
     distances = (norms[:, None] + norms - 2 * products).clamp_min(0)  # squared
     pairs = torch.triu_indices(len(x), len(x), 1, device=x.device)
-    median = distances[pairs[0], pairs[1]].median().clamp_min(torch.finfo(torch.float64).tiny)
+    median = distances[pairs[0], pairs[1]].median()
+    if not median and distances.any():
+        raise ValueError(
+            "more than half of the pairs of samples are equal, so their median distance is 0; use 'linear'"
+        )
+    median = median.clamp_min(torch.finfo(torch.float64).tiny)
     return torch.expm1(-distances / (2 * bandwidth**2 * median))
 
 
@@ -230,7 +240,9 @@ def _products_are_exact() -> bool:
 def _widened(x: Tensor) -> Float[Tensor, "sample feature"]:
     """Features in a precision whose products keep their digits."""
     least = torch.float32 if _products_are_exact() else torch.float64
-    return x.flatten(1).to(torch.promote_types(x.dtype, least))
+    if not x.numel():
+        raise ValueError(f"features have the shape {tuple(x.shape)}; give at least one value for each sample")
+    return x.reshape(len(x), -1).to(torch.promote_types(x.dtype, least))
 
 
 def _products(x: Float[Tensor, "sample feature"]) -> Float64[Tensor, "sample sample"]:
@@ -334,7 +346,8 @@ def _hsic_of_features(pair: Mapping[str, Tensor], debiased: bool) -> Float64[Ten
         diagonals = torch.stack([z.square().sum(1) for z in several])
         traces = diagonals.sum(1)
         hsic = total - num / (num - 2) * diagonals @ diagonals.T + traces.outer(traces) / ((num - 1) * (num - 2))
-    return torch.where((hsic <= _ROUNDING * total) & torch.eye(2, dtype=torch.bool), 0, hsic) / _pairs(num, debiased)
+    with_itself = torch.eye(2, dtype=torch.bool, device=hsic.device)
+    return torch.where((hsic <= _ROUNDING * total) & with_itself, 0, hsic) / _pairs(num, debiased)
 
 
 def _cosines(

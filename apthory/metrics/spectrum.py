@@ -75,11 +75,13 @@ def amplitude_by_frequency(maps: Float[Tensor, "batch channel height width"]) ->
     """The spectrum of maps, mean over images and channels.
 
     Raises:
-        ValueError: If they are not finite.
+        ValueError: If they are not finite, or not maps.
 
     References:
         Park and Kim (2022), How do vision transformers work?, arXiv:2202.06709, Figure 2a.
     """
+    if maps.ndim != 4 or not maps.numel():
+        raise ValueError(f"maps have the shape {tuple(maps.shape)}; expected [batch, channel, height, width]")
     if not maps.isfinite().all():
         raise ValueError("the maps are not finite; look for the first image or layer that gives NaN or infinity")
     by_component = torch.fft.fft2(maps.double(), norm="ortho").abs().square().mean((0, 1)) / maps[0, 0].numel()

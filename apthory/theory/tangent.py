@@ -10,11 +10,13 @@ T2. reach and coverage: over how many positions one example's gradient spreads, 
 T3. gain: to first order a prompt of norm rho lowers the loss by ``rho |E g|``, an upper bound where the loss is convex
     in the prompt (`Gradients.mean_norm`); to second order by ``1/2 g' (H + ridge)^-1 g`` (`newton`);
 T4. alignment of the tangent kernel ``trace J(x) J(x')'`` with the labels (`tangent_kernels`, `alignment`).
+
+Many examples come in parts, one after the other, so that memory holds the graph of one part only.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,7 +50,11 @@ def example_gradients(
 
 @dataclass(frozen=True, kw_only=True)
 class Gradients:
-    """Sums over examples of what T1, T2 and T3 need of the gradients at one place; add them to join examples."""
+    """Sums over examples of what T1, T2 and T3 need of the gradients at one place.
+
+    Independent draws are joined by adding them. A stratified sample, with a fixed number of examples of each class,
+    is joined class by class: add up one class's examples, close it by `as_stratum`, and add the closed classes.
+    """
 
     count: int  # examples
     total: Float[Tensor, "*unit"]  # sum of g_i
@@ -56,6 +62,7 @@ class Gradients:
     profile: Float[Tensor, " position"]  # sum of each example's energies, which add up to one over positions
     reaches: float  # sum of the participation ratios of these energies
     active: int  # examples whose gradient is not zero; the others have no energies
+    strata: tuple[tuple[int, float], ...] = ()  # of closed classes: examples, and sum of |g_i - the class's mean|^2
 
     @classmethod
     def of(cls, g: Float[Tensor, "example *unit"], channel_axis: int = -1) -> "Gradients":
@@ -78,7 +85,15 @@ class Gradients:
             active=int(is_active.sum()),
         )
 
+    def as_stratum(self) -> "Gradients":
+        """These examples as one class of a stratified sample, closed: only other classes may be added."""
+        if self.strata:
+            raise ValueError(f"a stratum is one class, but these are {len(self.strata)} closed ones already")
+        return replace(self, strata=((self.count, self._scatter),))
+
     def __add__(self, other: "Gradients") -> "Gradients":
+        if bool(self.strata) != bool(other.strata):
+            raise ValueError("draws that are no closed class cannot join a stratified sample; call as_stratum() first")
         return Gradients(
             count=self.count + other.count,
             total=self.total + other.total,
@@ -86,14 +101,36 @@ class Gradients:
             profile=self.profile + other.profile,
             reaches=self.reaches + other.reaches,
             active=self.active + other.active,
+            strata=self.strata + other.strata,
         )
 
     @property
+    def _scatter(self) -> float:
+        """Sum of |g_i - their mean|^2."""
+        return self.squares - float(self.total.square().sum()) / self.count
+
+    @property
     def mean_square(self) -> float:
-        """|E g|^2, without bias: products of different examples only, hence negative for some pure noise."""
-        if self.count < 2:
-            raise ValueError(f"the shared part of {self.count} gradient cannot be told from noise; give at least two")
-        return (float(self.total.square().sum()) - self.squares) / (self.count * (self.count - 1))
+        """|E g|^2, without bias, hence negative for some pure noise.
+
+        The variance of the examples' mean is taken off the square of that mean. It is s^2 / n for n independent
+        draws, which leaves the products of different examples, and ``sum_c (n_c / n)^2 s_c^2 / n_c`` for a stratified
+        sample, where the classes' own means do not vary (Cochran 1977, Sampling Techniques, chapter 5). A class
+        with one example tells nothing of its variance and takes the pooled one of the other classes.
+
+        Raises:
+            ValueError: If no class has two examples.
+        """
+        strata = self.strata or ((self.count, self._scatter),)
+        freedom = sum(num - 1 for num, _ in strata)
+        if not freedom:
+            raise ValueError(
+                f"what {self.count} gradients share cannot be told from noise: no two are of the same class; "
+                "give at least two of one"
+            )
+        pooled = sum(scatter for _, scatter in strata) / freedom
+        noise = sum(num * (scatter / (num - 1) if num > 1 else pooled) for num, scatter in strata)
+        return (float(self.total.square().sum()) - noise) / self.count**2
 
     @property
     def mean_norm(self) -> float:
@@ -131,50 +168,71 @@ def signed_root(square: float) -> float:
     return math.copysign(abs(square) ** 0.5, square)
 
 
-def _linearised(model: Callable[[Any], Tensor], at: Any) -> tuple[Tensor, Callable[[Tensor], tuple[Any]]]:
+_Pull = Callable[[Tensor], tuple[Any]]
+
+
+def _linearised(model: Callable[[Any], Tensor], at: Any) -> tuple[Tensor, _Pull]:
     """What the model gives, and products of its transposed Jacobian with cotangents."""
     found = vjp(model, at)
     return found[0], found[1]
 
 
+def _one_by_one(parts: Sequence[tuple[Callable[[Any], Tensor], Any]]) -> Callable[[int], tuple[Tensor, _Pull]]:
+    """Linearisations of models, of which memory holds one: a single one is kept, of several each is made anew."""
+    if len(parts) == 1:
+        kept = _linearised(*parts[0])
+        return lambda index: kept
+    return lambda index: _linearised(*parts[index])
+
+
 # ------------------------------------------------------------------------------------------ second order: T3
+
+
+class Part(NamedTuple):
+    """Some of the examples that see one prompt."""
+
+    model: Callable[[Tensor], Float[Tensor, "example class"]]  # their logits with a prompt
+    loss: Callable[[Float[Tensor, "example class"]], Float[Tensor, ""]]  # their share of the loss, convex in logits
 
 
 class Newton(NamedTuple):
     """A regularised Gauss-Newton step and what it gains."""
 
     gain: float  # 1/2 g' step: how much the quadratic model, with its ridge, falls
-    gradient: Tensor  # g of the mean loss, of the prompt's shape
+    gradient: Tensor  # g of the loss, of the prompt's shape
     step: Tensor  # (H + ridge)^-1 g; the prompt that minimises the quadratic model is minus this
     num_products: int  # products with H
 
 
 def gauss_newton(
-    model: Callable[[Tensor], Float[Tensor, "example class"]],
-    prompt: Float[Tensor, "*unit"],
-    loss: Callable[[Float[Tensor, "example class"]], Float[Tensor, ""]],
+    parts: Sequence[Part], prompt: Float[Tensor, "*unit"]
 ) -> tuple[Float[Tensor, "*unit"], Callable[[Tensor], Tensor]]:
     """Gradient for a prompt, and products with the Gauss-Newton matrix ``J' (d^2 loss / d logits^2) J``.
 
     Args:
-        model: Logits of all examples with one prompt.
+        parts: Their losses add up.
         prompt: Where to linearise.
-        loss: Mean over examples, convex in the logits.
     """
-    logits, pull = _linearised(model, prompt)
-    slope = grad(loss)
+    linearised = _one_by_one([(model, prompt) for model, _ in parts])
 
     def product(direction: Tensor) -> Tensor:
-        pushed = jvp(model, (prompt,), (direction,))[1]
-        return pull(jvp(slope, (logits,), (pushed,))[1])[0]
+        found = torch.zeros_like(prompt)
+        for index, (model, loss) in enumerate(parts):
+            logits, pull = linearised(index)
+            pushed = jvp(model, (prompt,), (direction,))[1]
+            found = found + pull(jvp(grad(loss), (logits,), (pushed,))[1])[0]
+        return found
 
-    return pull(slope(logits))[0], product
+    gradient = torch.zeros_like(prompt)
+    for index, (_, loss) in enumerate(parts):
+        logits, pull = linearised(index)
+        gradient = gradient + pull(grad(loss)(logits))[0]
+    return gradient, product
 
 
 def newton(
-    model: Callable[[Tensor], Float[Tensor, "example class"]],
+    parts: Sequence[Part],
     prompt: Float[Tensor, "*unit"],
-    loss: Callable[[Float[Tensor, "example class"]], Float[Tensor, ""]],
     ridge: float,
     *,
     max_products: int | None = None,
@@ -186,16 +244,15 @@ def newton(
     shorter step gains: conjugate gradients never overstate it.
 
     Args:
-        model: Logits of all examples with one prompt.
+        parts: Their losses add up.
         prompt: Where to linearise, usually zero.
-        loss: Mean over examples, convex in the logits.
         ridge: Positive; loss for a unit of squared norm, twice.
         max_products: Stop after so many products with H; the number of the prompt's values if left out.
         tolerance: Stop when the residual is so small relative to the gradient.
     """
     if not ridge > 0:
         raise ValueError(f"ridge is {ridge}; the step needs a positive one where the network does not feel the prompt")
-    gradient, product = gauss_newton(model, prompt, loss)
+    gradient, product = gauss_newton(parts, prompt)
     num_products = 0
 
     def regularised(vector: np.ndarray) -> np.ndarray:
@@ -220,26 +277,31 @@ def _flat(values: Tensor) -> np.ndarray:
 
 
 def tangent_kernels(
-    model: Callable[[Shifts], Float[Tensor, "example class"]],
-    shifts: Shifts,
+    parts: Sequence[tuple[Callable[[Shifts], Float[Tensor, "example class"]], Shifts]],
     directions: Float[Tensor, "direction class"] | None = None,
-) -> dict[str, Float[Tensor, "example example"]]:
+) -> dict[str, Float[Tensor, "all_examples all_examples"]]:
     """K(x, x') = trace of J(x) J(x')' for a prompt at each place: how alike two examples want the prompt.
 
     Args:
-        model: Logits for shifts at all places at once; an example sees its own shifts only.
-        shifts: Where to linearise.
+        parts: Of the examples: logits for shifts at all places at once, where an example sees its own shifts only,
+            and the shifts at which to linearise.
         directions: Rows D with ``D'D`` = identity, in the mean if drawn by `frame`; one backward pass each. Every
             class by default.
     """
-    logits, pull = _linearised(model, dict(shifts))
+    linearised = _one_by_one([(model, dict(shifts)) for model, shifts in parts])
     if directions is None:
+        logits = linearised(0)[0]
         directions = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
-    kernels = {place: logits.new_zeros(len(logits), len(logits), dtype=torch.float64) for place in shifts}
+    kernels: dict[str, Tensor] = {}
     for direction in directions:
-        for place, rows in pull(direction.expand_as(logits).contiguous())[0].items():
-            flat = rows.flatten(1).double()
-            kernels[place] += flat @ flat.T
+        rows: dict[str, list[Tensor]] = {}
+        for index in range(len(parts)):
+            logits, pull = linearised(index)
+            for place, some in pull(direction.expand_as(logits).contiguous())[0].items():
+                rows.setdefault(place, []).append(some.flatten(1))
+        for place, several in rows.items():
+            flat = torch.cat(several).double()
+            kernels[place] = kernels.get(place, 0) + flat @ flat.T
     return kernels
 
 

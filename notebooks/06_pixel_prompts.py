@@ -1,0 +1,357 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Three prompts on pixels, and none reaches a prompt inside
+#
+# Three prompts on pixels, each with a head, beside an activation prompt inside the network:
+#
+# - **VP**: a frame laid on the image;
+# - **EVP**: the image is shrunk, the frame lies around it; flips and crops, gradients divided by their norm;
+# - **AdaViPro**: a frame that each image has only in some regions, which a small network picks by their edges;
+# - **AP**: a prompt at the site that validation images choose.
+#
+# Widths are in pixels at 224, scaled to the input; 30 is the papers' default. Learning rates (and the prompt's share in
+# them, where the question is how gradients are scaled) are chosen on validation images, the test part is used once.
+# Differences are paired on the same splits and test images; intervals are 95 %, from a bootstrap over tasks, seeds and
+# images with Student's quantile for the number of tasks. CLIP's weights were not to be had: what the papers claim of
+# CLIP stays `not run`, and what can be asked of other backbones is asked with a trained head or label mapping. Full
+# fine-tuning runs on the first seed alone.
+
+# %% tags=["parameters"]
+suite: str = "embedded"  # embedded: under a minute, from scratch; small: real images, from a data folder
+
+# %%
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from apthory import figures, notebooks, pixel_study, records, statistics
+
+studies = [study for name, study in pixel_study.STUDIES[suite].items() if name != "masks"]
+table = pd.concat([pixel_study.run_study(study, records.folder(suite)) for study in studies], ignore_index=True)
+made_from = list(table["key"].unique())
+own = table[table["shift"] == ""]
+methods = own[own["part"] == "methods"]
+best_ap = pixel_study.best(methods[methods["arm"] == "ap"], "site")
+backbones = list(methods["backbone"].unique())
+
+
+def rows(part, arm, backbone=None, head=None):
+    """Of one arm, on the task's own test part."""
+    chosen = own[(own["part"] == part) & (own["arm"] == arm)]
+    chosen = chosen if backbone is None else chosen[chosen["backbone"] == backbone]
+    return chosen if head is None else chosen[chosen["head"] == head]
+
+
+runs = own.groupby(["part", "backbone"], sort=False).agg(
+    cells=("key", "nunique"), tasks=("task", "nunique"), seeds=("seed", "nunique"), seconds=("seconds", "median")
+)
+runs.round(0)
+
+# %% [markdown]
+# ## Side by side
+#
+# Test accuracy at the default width: mean over tasks (dots) and each task (ticks). The mapped rows have no trained
+# head: each class is read off one class of the backbone's own classifier, by the frequency of its predictions before
+# training.
+
+# %%
+NAMED = {
+    "mapped, unprompted": (["mapping"], "unprompted", "linear_probe"),
+    "mapped, VP": (["mapping", "mapping, prompted"], "vp", "vp"),
+    "mapped, EVP": (["mapping", "mapping, prompted"], "evp", "evp"),
+    "VP": (["methods"], "vp", "vp"),
+    "EVP": (["methods"], "evp", "evp"),
+    "AdaViPro": (["methods"], "adavipro", "adavipro"),
+    "AP, best site": (["methods"], "ap", "ap"),
+    "linear probe": (["methods"], "linear_probe", "linear_probe"),
+    "full fine-tuning": (["methods"], "full", "full"),
+}
+by_task = []
+for label, (parts, arm, _) in NAMED.items():
+    chosen = best_ap if arm == "ap" else own[own["part"].isin(parts) & (own["arm"] == arm)]
+    chosen = chosen[chosen["head"].isin(["linear", "frequency"])]
+    means = chosen.groupby(["backbone", "task"], as_index=False, sort=False)["accuracy"].mean()
+    by_task.append(means.assign(method=label))
+by_task = pd.concat(by_task, ignore_index=True)
+
+with figures.theme(width=1.0, rows=1.5):
+    figure, axes = plt.subplots(1, len(backbones), sharey=True, squeeze=False)
+    for ax, backbone in zip(axes[0], backbones, strict=True):
+        for place, (label, (_, _, color)) in enumerate(NAMED.items()):
+            values = by_task[(by_task["backbone"] == backbone) & (by_task["method"] == label)]["accuracy"]
+            filled = "white" if label.startswith("mapped") else figures.COLORS[color]
+            ax.plot(values, [place] * len(values), "|", ms=6, color=figures.COLORS[color], mew=0.8)
+            ax.plot(values.mean(), place, "o", ms=5, color=figures.COLORS[color], mfc=filled)
+        ax.set(title=backbone, xlabel="test accuracy (%)", yticks=range(len(NAMED)), yticklabels=list(NAMED))
+        ax.grid(axis="y", lw=0.3)
+    axes[0, 0].invert_yaxis()
+    figures.save(figure, "06_methods", made_from, by_task, suite=suite)
+
+by_task.groupby(["method", "backbone"], sort=False)["accuracy"].mean().unstack().round(1)
+
+# %%
+# The activation prompt at its best site minus each prompt on pixels, in points.
+pd.DataFrame(
+    {
+        "backbone": backbone,
+        **{
+            arm: str(
+                statistics.paired_difference(best_ap[best_ap["backbone"] == backbone], rows("methods", arm, backbone))
+            )
+            for arm in ("vp", "evp", "adavipro")
+        },
+    }
+    for backbone in backbones
+)
+
+# %% [markdown]
+# ## How wide, and where
+#
+# Left: VP and AdaViPro from a thin frame to the whole image. Right: EVP's frame around the image, shrunk the more the
+# wider the frame is, and the same frame on top of the whole image (equal parameters). The lines are the linear probe
+# and the activation prompt at its best site; bands are 95 % intervals over tasks, drawn for more than three.
+
+
+# %%
+def over_widths(part, family):
+    """Mean accuracy by width of arms that begin with a name."""
+    chosen = own[(own["part"] == part) & own["arm"].str.startswith(family)]
+    found = []
+    for width, several in chosen.groupby("width"):
+        mean = statistics.over_tasks(several.groupby("task")["accuracy"].mean())
+        found.append({"part": part, "arms": family, "width": width, **mean.__dict__})
+    return pd.DataFrame(found)
+
+
+PANELS = {
+    "widths": {"vp": ("vp", "VP"), "adavipro": ("adavipro", "AdaViPro")},
+    "placement": {"around": ("evp", "around a shrunk image"), "on top": ("vp", "on top of the image")},
+}
+widths = pd.concat([over_widths(part, family) for part, families in PANELS.items() for family in families])
+with figures.theme(width=1.0, rows=1.4):
+    figure, axes = plt.subplots(1, 2, sharey=True)
+    entries = {}
+    wide = own[own["part"] == "widths"]["backbone"].iloc[0]
+    levels = {"linear_probe": rows("methods", "linear_probe", wide), "ap": best_ap[best_ap["backbone"] == wide]}
+    for ax, (part, families) in zip(axes, PANELS.items(), strict=True):
+        for family, (color, label) in families.items():
+            line = widths[(widths["part"] == part) & (widths["arms"] == family)]
+            ax.plot(line["width"], line["value"], "o-", color=figures.COLORS[color], label=label)
+            if own[own["part"] == part]["task"].nunique() > 3:
+                ax.fill_between(line["width"], line["low"], line["high"], color=figures.COLORS[color], alpha=0.12, lw=0)
+        for name, several in levels.items():
+            label = "AP, best site" if name == "ap" else figures.LABELS[name]
+            ax.axhline(several["accuracy"].mean(), color=figures.COLORS[name], lw=0.8, ls="--", label=label)
+        ax.set(xlabel="width of the frame (pixels of 224)", xlim=(0, 116))
+        lines, names = ax.get_legend_handles_labels()
+        entries |= dict(zip(names, lines, strict=True))
+    axes[0].set_ylabel("test accuracy (%)")
+    axes[0].set_title(f"{wide}: fixed or by region")
+    axes[1].set_title(f"{wide}: EVP around or on top")
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=3)
+    figures.save(figure, "06_widths", made_from, widths, suite=suite)
+
+# %% [markdown]
+# ## What each part of the recipe brings
+#
+# Accuracy with one part changed, minus the default's: mean (dots), tasks (ticks), and the interval over tasks where
+# there are more than three. For gradient normalization both sides choose their learning rate, and the prompt's share in
+# it among as many values, on validation images.
+
+# %%
+normalization = own[own["part"] == "normalization"]
+with_norm, without = (
+    pixel_study.best(normalization[normalization["arm"].str.startswith(name)], "arm") for name in ("l2", "none")
+)
+changes = {"gradient as it is, tuned": ("evp", without, with_norm)}
+for arm in own[own["part"] == "ablations"]["arm"].unique():
+    default = "adavipro" if arm.startswith(("region", "no edges", "from zero")) else "evp"
+    if arm != default and arm != "adavipro":
+        changes[arm] = (default, rows("ablations", arm), rows("ablations", default))
+
+
+def gaps(first, second):
+    """Paired difference in points, and its mean for each task."""
+    both = first.merge(second, on=["task", "seed"], suffixes=("_first", "_second"))
+    by_task = (both["accuracy_first"] - both["accuracy_second"]).groupby(both["task"]).mean()
+    return {**statistics.paired_difference(first, second).__dict__, "by_task": list(by_task.round(3))}
+
+
+def draw_gap(ax, row, place, color, vertical=False):
+    """A dot with ticks for tasks; the interval for more than three of them."""
+    reach = [[row.value - row.low], [row.high - row.value]] if len(row.by_task) > 3 else None
+    ticks = [place] * len(row.by_task)
+    if vertical:
+        ax.errorbar(place, row.value, yerr=reach, fmt="o", color=color, elinewidth=0.8)
+        ax.plot(ticks, row.by_task, "_", color=color, ms=5, mew=0.8)
+    else:
+        ax.errorbar(row.value, place, xerr=reach, fmt="o", color=color, elinewidth=0.8)
+        ax.plot(row.by_task, ticks, "|", color=color, ms=5, mew=0.8)
+
+
+ablations = pd.DataFrame(
+    {"of": default, "change": arm, **gaps(changed, usual)} for arm, (default, changed, usual) in changes.items()
+).sort_values("of", ascending=False, kind="stable", ignore_index=True)
+with figures.theme(width=0.75, rows=0.6 + 0.1 * len(ablations)):
+    figure, ax = plt.subplots()
+    for place, row in enumerate(ablations.itertuples()):
+        draw_gap(ax, row, place, figures.COLORS[row.of])
+    labels = [f"{figures.LABELS[row.of]}: {row.change}" for row in ablations.itertuples()]
+    ax.axvline(0, color="black", lw=0.6)
+    ax.set(xlabel="accuracy minus the default's (points)", ylim=(len(labels) - 0.5, -0.5))
+    ax.set_yticks(range(len(labels)), labels)
+    figures.save(figure, "06_ablations", made_from, ablations, suite=suite)
+
+# %% [markdown]
+# ## Fewer images, other images
+#
+# First accuracy minus the linear probe's by the number of training images (per class on average, in proportion to the
+# classes). Then prompts that were trained and chosen on one kind of images and are tested on others, mean over the
+# kinds. Corruptions are Gaussian noise, Gaussian blur and loss of contrast (see `pixel_study.corrupted`).
+
+# %%
+SCALES = {"4 per class": "4 a class", "16 per class": "16 a class", "methods": "default", "all images": "all"}
+scales = []
+for part, label in SCALES.items():
+    for arm in ("vp", "evp"):
+        for backbone in own[own["part"] == "widths"]["backbone"].unique():
+            mine, probe = rows(part, arm, backbone), rows(part, "linear_probe", backbone)
+            if len(mine):
+                scales.append({"images": label, "arm": arm, "backbone": backbone, **gaps(mine, probe)})
+scales = pd.DataFrame(scales)
+with figures.theme(width=0.6, rows=1.1):
+    figure, ax = plt.subplots()
+    names = list(scales["images"].unique())
+    for row in scales.itertuples():
+        place = names.index(row.images) + (0.1 if row.arm == "evp" else -0.1)
+        draw_gap(ax, row, place, figures.COLORS[row.arm], vertical=True)
+    for arm in ("vp", "evp"):
+        ax.plot([], [], "o", color=figures.COLORS[arm], label=figures.LABELS[arm])
+    ax.axhline(0, color=figures.COLORS["linear_probe"], lw=0.8, label=figures.LABELS["linear_probe"])
+    ax.set(ylabel="minus linear probe (points)", xlabel="training images", title=scales["backbone"].iloc[0])
+    ax.set_xticks(range(len(names)), names)
+    figure.legend(loc="outside lower center", ncols=3)
+    figures.save(figure, "06_scales", made_from, scales, suite=suite)
+
+# %%
+moved = table[table["part"].isin(["domains", "corruptions"])].copy()
+moved = pd.concat([moved[moved["arm"] != "ap"], *(
+    pixel_study.best(several, "site") for _, several in moved[moved["arm"] == "ap"].groupby("part")
+)])  # fmt: skip
+kinds = {"domains": "other domains", "corruptions": "corrupted"}
+moved["images"] = moved["part"].map(kinds).where(moved["shift"] != "", "as trained")
+shifts = moved.groupby(["part", "backbone", "images", "arm"], as_index=False, sort=False)["accuracy"].mean()
+
+panels = list(shifts.groupby(["part", "backbone"], sort=False))
+with figures.theme(width=min(1.0, 0.45 + 0.2 * (len(panels) - 1)), rows=1.25):
+    figure, axes = plt.subplots(1, len(panels), squeeze=False)
+    for ax, ((part, backbone), several) in zip(axes[0], panels, strict=True):
+        for arm, line in several.groupby("arm", sort=False):
+            ordered = line.set_index("images").loc[["as trained", kinds[part]]]["accuracy"]
+            label = "AP, best site" if arm == "ap" else figures.LABELS[arm]
+            ax.plot([0, 1], ordered, "o-", color=figures.COLORS[arm], label=label)
+        ax.set_xticks([0, 1], ["as\ntrained", kinds[part].replace(" ", "\n") + "\n" * (" " not in kinds[part])])
+        ax.set(title=backbone, xlim=(-0.3, 1.3))
+    axes[0, 0].set_ylabel("test accuracy (%)")
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5 if len(panels) > 2 else 2
+    )
+    figures.save(figure, "06_shifts", made_from, shifts, suite=suite)
+
+# %% [markdown]
+# ## Label mappings
+#
+# Accuracy without a trained head, by the way to the map: drawn at random; by frequency of predictions, one-to-one or
+# shared between classes; and taken anew each epoch.
+
+# %%
+mapped = own[own["part"].isin(["mapping", "mapping, prompted"])]
+mapped.groupby(["backbone", "arm", "head"], sort=False).agg(
+    accuracy=("accuracy", "mean"), tasks=("task", "nunique")
+).round(1)
+
+# %% [markdown]
+# ## Judgement
+#
+# Statistics and thresholds were fixed in `claims.toml`. EVP-1 pools the widths that were run. EVP-5 counts tasks, each
+# with Student's interval over test images, on the seed that full fine-tuning has: a few images make a wide interval,
+# which the count as it is claimed rewards. Under distribution shift the kinds of images take the place of tasks. Q-60
+# (see the notebook on where to prompt) was fixed when the embedded suite had been seen, and before the small one.
+
+# %%
+verdicts = []
+
+
+def judge(claim, estimate, first, second, tag, note=""):
+    verdict = notebooks.verdict(
+        claim,
+        estimate.value,
+        estimate.interval,
+        suite=suite,
+        backbones=sorted(set(first["backbone"])),
+        tasks=sorted(set(first["task"]) & set(second["task"])),
+        seeds=sorted(set(first["seed"]) & set(second["seed"])),
+        made_from=sorted(set(first["key"]) | set(second["key"])),
+        tag=tag,
+        note=note,
+    )
+    rule = {"claim": claim, "of": tag, "value": str(estimate), "rule": verdict.threshold}
+    verdicts.append({**rule, "verdict": verdict.verdict})
+
+
+def compare(claim, first, second, tag, note=""):
+    judge(claim, statistics.paired_difference(first, second), first, second, tag, note)
+
+
+wide = own[own["part"] == "widths"]["backbone"].iloc[0]
+around, on_top = (own[(own["part"] == "placement") & own["arm"].str.startswith(name)] for name in ("around", "on top"))
+pooled = statistics.matched(*(several.assign(site=several["width"]) for several in (around, on_top)))
+sizes = ", ".join(map(str, sorted(around["width"].unique())))
+judge("EVP-1", statistics.paired_difference(*pooled), around, on_top, wide, f"widths: {sizes} pixels of 224")
+compare("EVP-2", rows("ablations", "evp"), rows("ablations", "no diversity"), wide)
+compare("EVP-3", with_norm, without, wide)
+
+for backbone in backbones:
+    mapped_prompts = [
+        own[own["part"].isin(["mapping", "mapping, prompted"]) & (own["arm"] == arm) & (own["backbone"] == backbone)]
+        for arm in ("evp", "vp")
+    ]
+    compare("EVP-4.mapping", *(part[part["head"] == "frequency"] for part in mapped_prompts), backbone)
+
+    evp, full = rows("methods", "evp", backbone), rows("methods", "full", backbone)
+    both = evp.merge(full, on=["task", "seed"], suffixes=("_evp", "_full"))
+    level = 0
+    for row in both.itertuples():
+        gap = 100 * (row.correct_evp.astype(float) - row.correct_full)
+        level += statistics.over_tasks(gap).high >= 0  # Student's interval, here over test images
+    judge(
+        "EVP-5", statistics.Estimate(value=level, low=level, high=level), evp, full, backbone, f"of {len(both)} tasks"
+    )
+
+for part, label in {"4 per class": "4", "16 per class": "16", "all images": "all"}.items():
+    for name, arm in {"vp": "vp", "linear": "linear_probe"}.items():
+        if len(rows(part, "evp")):
+            compare(f"EVP-6.{name}", rows(part, "evp"), rows(part, arm), f"{wide}-{label}")
+for (part, backbone), several in moved[moved["shift"] != ""].groupby(["part", "backbone"], sort=False):
+    by_kind = several.assign(task=several["task"] + " " + several["shift"])
+    for name, arm in {"vp": "vp", "linear": "linear_probe"}.items():
+        first, second = (by_kind[by_kind["arm"] == one] for one in ("evp", arm))
+        compare(f"EVP-6.{name}", first, second, f"{backbone}-{part}", "kinds of images in the place of tasks")
+
+fixed, adaptive = (own[(own["part"] == "widths") & own["arm"].str.startswith(name)] for name in ("vp", "adavipro"))
+for width, several in adaptive.groupby("width"):
+    compare("ADA-1", several, fixed[fixed["width"] == width], f"{wide}-{width}", f"width {width} of 224")
+for name, several in {"fixed": fixed, "adaptive": adaptive}.items():
+    slope = statistics.over_sites(several.assign(depth=several["width"] / 112), pixel_study.slope)
+    judge(f"ADA-2.{name}", slope, several, several, wide, "points from no frame to the whole image")
+compare("ADA-3", rows("ablations", "adavipro"), rows("ablations", "no edges"), wide)
+for backbone in backbones:
+    compare("Q-60.probe", rows("methods", "adavipro", backbone), rows("methods", "linear_probe", backbone), backbone)
+
+pd.DataFrame(verdicts)
