@@ -12,7 +12,7 @@ SCRATCH := build/notebooks
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-16s %s\n", $$1, $$2}'
 
-figures: venv ## compute the embedded suite anew: every notebook, record and figure (about 10 minutes)
+figures: venv ## compute the embedded suite anew: every notebook, record and figure (about 12 minutes)
 	$(RUN) apthory run --suite embedded --fresh
 
 figure: ## compute one notebook of the embedded suite anew: make figure NAME=03_layer_preference

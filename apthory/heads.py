@@ -25,6 +25,7 @@ class Heads(nn.Module):
     """
 
     num_start: int | None = 128  # training images of each configuration that `start` wants; None for all
+    starts_unprompted: bool = False  # whether `start` wants their features without any prompt
 
     def start(self, features: Float[Tensor, "stack width"], labels: Int64[Tensor, "num image"]) -> None:
         """Take from training images, before anything is trained, what the heads need to know of them."""
@@ -89,6 +90,7 @@ class LinearHeads(Heads):
 
 How = Literal["random", "frequency", "iterative"]
 Assignment = Literal["greedy", "ordered", "mode"]
+Counted = Literal["prompt", "images"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,14 +100,17 @@ class LabelMapping:
     Args:
         classifier: The backbone's own, on its features; `backbones.classifier` has it.
         how: ``"random"``: drawn once, one-to-one. ``"frequency"``: once, from what the model predicts on the training
-            images before training (Chen et al. 2023, FLM; the pre-processing of EVP*). ``"iterative"``: the same for
-            the first epoch, then each epoch anew from the predictions of the last one's training steps (ILM). Chen
-            et al. make an extra pass over the training images instead, with the prompt held still.
+            images before training (Chen et al. 2023, FLM). ``"iterative"``: the same for the first epoch, then each
+            epoch anew from the predictions of the last one's training steps (ILM). Chen et al. make an extra pass
+            over the training images instead, with the prompt held still.
         assignment: How counts of predictions become a map. ``"greedy"``: the largest count of all first, one-to-one
             (Chen et al. 2023). ``"ordered"``: class after class, each the most frequent prediction that is still free
             (EVP, first version of its code). ``"mode"``: each class its most frequent prediction, which several
             classes may share (EVP, last version); of those the earliest is always predicted, since nothing else
             tells them apart. Ties go to the earlier class of the task, then of the classifier.
+        counted: What is predicted before training: images with the method's initial ``"prompt"`` (Chen et al.), or
+            ``"images"`` as they are, at the cost of a forward pass (the pre-processing of EVP*). A noisy or dark
+            initial frame leaves hardly more than noise to count.
 
     Raises:
         ValueError: From ``build``, if a one-to-one map has fewer classes to take from than to fill.
@@ -114,13 +119,12 @@ class LabelMapping:
     classifier: nn.Linear
     how: How = "iterative"
     assignment: Assignment = "greedy"
+    counted: Counted = "prompt"
 
     def __post_init__(self) -> None:
-        if self.how not in get_args(How) or self.assignment not in get_args(Assignment):
-            raise ValueError(
-                f"how is {self.how!r} and assignment {self.assignment!r}; expected one of {', '.join(get_args(How))}, "
-                f"and one of {', '.join(get_args(Assignment))}"
-            )
+        for name, kinds in (("how", How), ("assignment", Assignment), ("counted", Counted)):
+            if getattr(self, name) not in get_args(kinds):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(kinds))}")
 
     def build(self, num: int, width: int, num_classes: int, generators: list[torch.Generator]) -> "MappedHeads":
         source, own_width = self.classifier.weight.shape
@@ -150,6 +154,7 @@ class MappedHeads(Heads):
     def __init__(self, num: int, num_classes: int, mapping: LabelMapping, generators: list[torch.Generator]) -> None:
         super().__init__()
         self.how, self.assignment = mapping.how, mapping.assignment
+        self.starts_unprompted = mapping.counted == "images"
         self.map: Tensor
         self.weight: Tensor
         self.bias: Tensor

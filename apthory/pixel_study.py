@@ -380,8 +380,8 @@ NORMALIZED: Arms = {
 MAPPED: Arms = {"unprompted": {"name": "linear_probe"}, "vp": {"name": "vp"}, "evp": {"name": "evp"}}
 HEADS = {
     "random": {"how": "random"},
-    "frequency": {"how": "frequency"},
-    "frequency, shared": {"how": "frequency", "assignment": "mode"},
+    "frequency": {"how": "frequency", "counted": "images"},
+    "frequency, shared": {"how": "frequency", "assignment": "mode", "counted": "images"},
     "iterative": {"how": "iterative"},
 }
 

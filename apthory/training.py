@@ -152,6 +152,11 @@ def fit(
         ValueError: If a split leaves a class without training images, or a loss is not finite.
         MemoryError: If even a single configuration does not fit; larger bundles are halved, with a warning.
     """
+    if isinstance(configurations, Recipe | Configuration):
+        raise ValueError(
+            f"configurations is one {type(configurations).__name__}, and should be a list of Configuration; a recipe "
+            "goes by its name: fit(backbone, task, method, recipe=...)"
+        )
     configurations = [Configuration()] if configurations is None else list(configurations)
     recipe = recipe or Recipe()
     check_ready(backbone, task)
@@ -183,8 +188,21 @@ def check_ready(backbone: nn.Module, task: Task) -> None:
 
 
 def evaluate(task: Task, fits: Sequence[Fit]) -> list[Evaluation]:
-    """Accuracy of trained configurations of one bundle on the task's test part. Use it once."""
+    """Accuracy of trained configurations of one bundle on the task's test part. Use it once.
+
+    Raises:
+        ValueError: If they are not of one bundle, or were trained on another task's images or classes.
+    """
+    if isinstance(fits, Fit) or not fits:
+        raise ValueError("evaluate takes a list of fits, at least one: evaluate(task, [fit])")
     first = fits[0]
+    recipe = first.recipe
+    split = task.split(first.configuration.seed, recipe.num_train, recipe.num_validation, recipe.num_test)
+    if len(task.classes) != first.head_shape[1] or split.digest != first.split.digest:
+        raise ValueError(
+            f"the fits were not trained on {task.name!r} ({len(task.classes)} classes): they have "
+            f"{first.head_shape[1]} classes and another split; evaluate them on their own task"
+        )
     for other in fits[1:]:
         same_run = all(getattr(other, name) == getattr(first, name) for name in ("method", "recipe", "head_spec"))
         if not same_run or other.backbone is not first.backbone or not torch.equal(other.split.test, first.split.test):
@@ -476,8 +494,9 @@ class Bundle:
         shape = (features.shape[1], len(self.task.classes))
         heads = spec.build(len(generators), *shape, generators).to(self.device)
         chosen = torch.stack([split.train[: heads.num_start] for split in self.splits])
-        if heads.num_start != _CALIBRATION:
-            parts = [self._features(list(part)) for part in _chunks(chosen, len(chosen))]
+        if heads.num_start != _CALIBRATION or heads.starts_unprompted:
+            see = self._unprompted if heads.starts_unprompted else self._features
+            parts = [see(list(part)) for part in _chunks(chosen, len(chosen))]
             parts = [part.unflatten(0, (len(chosen), -1)) for part in parts]
             features = torch.cat(parts, dim=1).flatten(0, 1)
         heads.start(features, self.task.train.labels[chosen].to(self.device))
@@ -489,6 +508,23 @@ class Bundle:
         crossing = self.source(torch.cat(list(images)))
         with autocast(self.backbone, self.recipe.precision):
             return self.body.suffix(*crossing).float()
+
+    def _unprompted(self, images: Sequence[Int64[Tensor, " image"]]) -> Float[Tensor, "stack width"]:
+        """The same of the backbone by itself."""
+        arguments = (self.task.train, self.recipe.precision, torch.cat(list(images)))
+        [features] = _run_prefix(self.backbone, _Whole(self.backbone), *arguments)
+        return features.float()
+
+
+class _Whole(nn.Module):
+    """A backbone in the form of a prefix."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x: Float[Tensor, "batch channel height width"]) -> tuple[Tensor]:
+        return (self.backbone(x),)
 
 
 def _fit(

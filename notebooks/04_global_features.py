@@ -7,9 +7,9 @@
 # ---
 
 # %% [markdown]
-# # Prompts work best where features are global
+# # Global features are not found to explain where prompts work
 #
-# So the paper on activation prompts explains why CNNs prefer deep layers and ViTs shallow ones, with a map of
+# They are how the paper on activation prompts explains why CNNs prefer deep layers and ViTs shallow ones, with a map of
 # similarities and a curve of attention distances that "roughly align" with accuracy. Here each measure of how global
 # a site is gets a number, the number is correlated with the accuracy of trained prompts over the sites of each task,
 # and a control tells what the architecture alone would give: networks with **random weights**, the trained ones'

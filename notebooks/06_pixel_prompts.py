@@ -7,7 +7,7 @@
 # ---
 
 # %% [markdown]
-# # Three prompts on pixels, and none reaches a prompt inside
+# # Three prompts on pixels, held against a linear probe and a prompt inside
 #
 # Three prompts on pixels, each with a head, beside an activation prompt inside the network:
 #
@@ -278,6 +278,10 @@ mapped.groupby(["backbone", "arm", "head"], sort=False).agg(
 
 # %% [markdown]
 # ## Judgement
+#
+# Two embedded tasks decide next to nothing: their intervals are tens of points wide. In the mean over them the linear
+# probe is ahead of all three prompts on pixels, a frame on top of the image ahead of one around it, and the prompt
+# inside ahead of the probe. What holds on real images is for the small suite to say.
 #
 # Statistics and thresholds were fixed in `claims.toml`. EVP-1 pools the widths that were run. EVP-5 counts tasks, each
 # with Student's interval over test images, on the seed that full fine-tuning has: a few images make a wide interval,

@@ -17,7 +17,9 @@
 # The papers' frame starts as noise of a pixel's own size, which a frozen network reads badly through. While it is being
 # trained into something useful, a lower loss is had sooner by leaving it out; and what is left out has no gradient. So
 # we also count how many regions get the prompt at all (Q-60: fixed when the embedded suite had been seen, and before
-# the small one), and start a second generator with a frame of zeros, which does no harm at first.
+# the small one), and start a second generator with a frame of zeros, which does no harm at first. (In the embedded
+# suite's few epochs that one switches off as well, so noise is not all there is to it.) Where no region is prompted, a
+# verdict on how decisions differ between images is about nothing; read ADA-4 with the share beside it.
 
 # %% tags=["parameters"]
 suite: str = "embedded"  # embedded: under a minute, from scratch; small: real images, from a data folder

@@ -219,7 +219,7 @@ def test_of_classes_that_share_a_source_the_earliest_is_predicted_however_logits
 
 
 def test_what_does_not_fit_is_an_error():
-    with pytest.raises(ValueError, match=r"how is 'once' and assignment 'greedy'; expected one of random, frequency"):
+    with pytest.raises(ValueError, match=r"how is 'once'; expected one of random, frequency"):
         LabelMapping.__post_init__(_unchecked(how="once", assignment="greedy"))
     with pytest.raises(ValueError, match=r"classifier takes 6 features and the backbone gives 7; take backbones.class"):
         LabelMapping(source()).build(1, WIDTH + 1, 3, generators(1))
@@ -288,6 +288,22 @@ def test_the_first_epoch_of_an_iterative_map_is_that_of_frequency_and_later_ones
         curves.append(fit.train_curve)
     assert torch.equal(*maps)
     assert curves[0] == curves[1]
+
+
+def test_predictions_are_counted_with_or_without_the_initial_prompt():
+    backbone, task = tiny.backbone("resnet"), tiny.task(96)
+    classifier = source(9, backbone(tiny.images("resnet", 1)).shape[1])
+    recipe = apthory.Recipe(num_epochs=1, num_train=48, num_validation=24, num_test=24, precision="float32")
+
+    def map_of(method, counted: str) -> torch.Tensor:
+        spec = LabelMapping(classifier, "frequency", "mode", counted)
+        return apthory.fit(backbone, task, method, recipe=recipe, head=spec)[0].state["heads.map"]
+
+    plain = map_of(apthory.LinearProbe(), "prompt")  # which has none
+    noise = apthory.VP(width=8, init=5.0)
+    assert torch.equal(map_of(noise, "images"), plain)
+    assert not torch.equal(map_of(noise, "prompt"), plain)
+    assert torch.equal(map_of(apthory.EVP(width=4), "images"), plain)
 
 
 def test_a_model_with_nothing_to_train_is_evaluated_as_it_is():
