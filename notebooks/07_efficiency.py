@@ -68,7 +68,7 @@ PANELS = {
     "peak memory (MiB)": (("step_bytes", 2.0**-20), ("cached_step_bytes", 2.0**-20)),
     "prompt parameters": (("parameters", 1),),
 }
-COLORS = {spec["name"]: f"C{index}" for index, spec in enumerate(specs)}
+COLORS = dict(zip((spec["name"] for spec in specs), ("#0072B2", "#D55E00", "#009E73"), strict=False))
 with figures.theme(width=1.0, rows=2):
     figure, axes = plt.subplots(2, 2)
     for ax, (title, columns) in zip(axes.flat, PANELS.items(), strict=True):
