@@ -94,7 +94,9 @@ def rank_sites(
         )
     training.check_ready(backbone, task)
     every = sites.list_sites(backbone)
-    places = every[1:] if places is None else [sites.resolve(backbone, site) for site in places]
+    places = every[1:] if places is None else list(dict.fromkeys(sites.resolve(backbone, site) for site in places))
+    if not places:
+        raise ValueError("places is empty; give at least one site, or leave it out for all block sites")
     split = task.split(seed, num_examples, num_validation)
     if task.train.labels[split.train].bincount().max() < 4:
         raise ValueError(

@@ -132,6 +132,8 @@ def find_site(
     """
     if not 0 < budget <= 1:
         raise ValueError(f"a budget of {budget:g}: give a share of the exhaustive sweep's FLOPs, above 0 and at most 1")
+    if not learning_rates:
+        raise ValueError("learning_rates is empty; give at least one")
     recipe = recipe or training.Recipe()
     split = task.split(seed, recipe.num_train, recipe.num_validation, recipe.num_test)
     recipe = replace(recipe, num_train=len(split.train), num_validation=len(split.validation))

@@ -462,3 +462,13 @@ def test_the_command_says_what_is_wrong(arguments, message):
     shown = call(*arguments)
     assert shown.exit_code != 0
     assert message in " ".join(shown.output.replace("│", " ").split())
+
+
+def test_empty_lists_are_refused_and_aliases_are_one_site():
+    backbone, task = tiny.backbone("vit"), tiny.task(96)
+    with pytest.raises(ValueError, match="learning_rates is empty"):
+        selection.find_site(backbone, task, learning_rates=())
+    with pytest.raises(ValueError, match="places is empty"):
+        ranking.rank_sites(backbone, task, [])
+    table = ranking.rank_sites(backbone, task, ["blocks.0", "blocks.1:input", "blocks.0:output"], num_validation=24)
+    assert list(table["site"]) == ["blocks.1:input"]
