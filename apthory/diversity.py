@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 Diversity = Literal["flip", "crop", "randaugment"]
@@ -25,12 +25,11 @@ def flipped_and_cropped(
 ) -> Float[Tensor, "stack channel side side"]:
     """Mirror half of the images and slide all. Both only move pixels, so each new pixel is one of the old."""
     num, side = len(x) // len(generators), x.shape[-1]
-    most, last = side // 8, side - 1
-    place = torch.arange(side)
+    most, place = side // 8, torch.arange(side)
     rows, columns = [], []
     for generator in generators:
         shift = torch.randint(-most, most + 1, (2, num, 1), generator=generator) * crop
-        down, right = last - (last - (place + shift).abs()).abs()
+        down, right = reflected(place + shift)
         mirrored = (torch.rand(num, 1, generator=generator) < 0.5) & flip
         rows.append(down)
         columns.append(torch.where(mirrored, right.flip(1), right))
@@ -38,6 +37,12 @@ def flipped_and_cropped(
     source = ((torch.arange(len(x)).view(-1, 1, 1) * side + row) * side + column).to(x.device)
     pixels = x.movedim(1, -1).reshape(-1, x.shape[1])
     return pixels.index_select(0, source.flatten()).view(*source.shape, -1).movedim(-1, 1)
+
+
+def reflected(place: Int64[Tensor, "*batch side"]) -> Int64[Tensor, "*batch side"]:
+    """Places up to a side outside of an image, as places of the image mirrored at its outermost pixels."""
+    last = place.shape[-1] - 1
+    return last - (last - place.abs()).abs()
 
 
 def randaugmented(

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 
-from apthory import backbones, figures, ranking, records, selection, tasks, training
+from apthory import backbones, figures, ranking, records, selection, sweeps, tasks, training
 from apthory.theory import tangent
 
 SOURCES = (ranking, selection, tangent)  # of the records, besides those of a sweep
@@ -33,7 +33,7 @@ def score(
     seed: int = 0,
 ) -> dict[str, Any]:
     """`ranking.rank_sites`, in the order of the sites given, and what it cost."""
-    model, data = backbones.load(**backbone), tasks.load(task, size)
+    model, data = sweeps.load(backbone, task, size)
     table = ranking.rank_sites(
         model,
         data,
@@ -60,7 +60,7 @@ def search(
     seed: int = 0,
 ) -> dict[str, Any]:
     """`selection.find_site` among the sites given, and the chosen prompt on the test part, once."""
-    model, data = backbones.load(**backbone), tasks.load(task, size)
+    model, data = sweeps.load(backbone, task, size)
     found = selection.find_site(
         model,
         data,

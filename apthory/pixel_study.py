@@ -100,18 +100,6 @@ def run_study(study: Study, folder: Path, executor: Executor | None = None) -> p
     return rows[[*first, *(column for column in rows if column not in first)]]
 
 
-def best(rows: pd.DataFrame, by: str) -> pd.DataFrame:
-    """Of each backbone and task the rows with the best validation accuracy, averaged over seeds.
-
-    Args:
-        rows: Of one part, as `run_study` gives them.
-        by: The column that is chosen: site, arm.
-    """
-    means = rows.groupby(["backbone", "task", by], sort=False)["validation_accuracy"].mean()
-    chosen = set(means.groupby(["backbone", "task"]).idxmax())
-    return rows[[place in chosen for place in zip(rows["backbone"], rows["task"], rows[by], strict=True)]]
-
-
 def slope(position: Float[np.ndarray, " n"], accuracy: Float[np.ndarray, " n"]) -> float:
     """Of the least-squares line."""
     return float(np.polyfit(position, accuracy, 1)[0])
@@ -177,13 +165,14 @@ def run_shifted(
         shifts: Test parts: ``{"domain": value}``, or ``{"corruption": name, "strength": number}`` of the own one.
     """
     started = time.perf_counter()
-    model, data = backbones.load(**backbone), _load(task, size, domain)
+    model, whole = sweeps.load(backbone, task, size)
+    data = _domain(task, size, domain) if domain else whole
     how, spec = training.Recipe(**recipe), sweeps.make_head(head, backbone)
     fits = training.tune(model, data, sweeps.make(method), how, learning_rates, seeds, head=spec)
     values = sweeps.describe(data, fits, training.evaluate(data, fits))
     tested = []
     for shift in shifts:
-        other = _load(task, size, shift["domain"]) if "domain" in shift else data
+        other = _domain(task, size, shift["domain"]) if "domain" in shift else data
         if other.classes != data.classes:
             raise ValueError(f"{other.name} and {data.name} differ in classes; a shift keeps them")
         test = other.split(0, how.num_train, how.num_validation, how.num_test).test
@@ -221,9 +210,8 @@ def corrupted(images: Images, how: str, strength: float, seed: int = 0) -> Image
     return Images((255 * x).round().clamp(0, 255).to(torch.uint8), images.labels)
 
 
-def _load(task: str, size: int, domain: str = "") -> Task:
-    if not domain:
-        return tasks.load(task, size)
+def _domain(task: str, size: int, domain: str) -> Task:
+    """The part of a task whose column ``domain`` has this value."""
     return tasks.from_parquet(Path(os.environ["APTHORY_DATA"]) / task, size, where={"domain": [domain]})
 
 
@@ -252,7 +240,7 @@ def measure_masks(
     Returns:
         Mean pairwise Hamming distances, as shares of regions; the share of regions with the prompt; how many count.
     """
-    model, data = backbones.load(**backbone), tasks.load(task, size)
+    model, data = sweeps.load(backbone, task, size)
     fits = _fit(model, data, method, recipe, learning_rate, seeds)
     x = training.normalized(model, data.test, fits[0].split.test[:num_images])
     found: list[Any] = [fit.prompt for fit in fits]
@@ -282,7 +270,7 @@ def draw_prompt(
     Returns:
         The prompt in steps of 1/255 (see `unpack`), and for each image its grid of regions, 1 where the prompt is.
     """
-    model, data = backbones.load(**backbone), tasks.load(task, size)
+    model, data = sweeps.load(backbone, task, size)
     (fit,) = _fit(model, data, method, recipe, learning_rate, [seed])
     chosen = fit.split.test[:num_images]
     x = training.normalized(model, data.test, chosen)

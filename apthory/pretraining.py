@@ -35,6 +35,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from apthory import backbones, records, tasks
+from apthory.diversity import reflected
 from apthory.progress import progress
 from apthory.tasks import Images, Task
 
@@ -240,16 +241,11 @@ def crop_and_flip(
     height, width = pixels.shape[-2:]
     down, right = torch.randint(-padding, padding + 1, (2, len(index), 1), generator=generator)
     mirrored = torch.randint(2, (len(index), 1), generator=generator).bool()
-    rows, columns = _reflected(torch.arange(height) + down), _reflected(torch.arange(width) + right)
+    rows, columns = reflected(torch.arange(height) + down), reflected(torch.arange(width) + right)
     columns = torch.where(mirrored, columns.flip(1), columns)
     rows, columns = (axis.to(pixels.device, non_blocking=True) for axis in (rows, columns))
     channels = torch.arange(pixels.shape[1], device=pixels.device)[:, None, None]
     return pixels[index[:, None, None, None], channels, rows[:, None, :, None], columns[:, None, None, :]]
-
-
-def _reflected(place: Int64[Tensor, "batch length"]) -> Int64[Tensor, "batch length"]:
-    last = place.shape[1] - 1
-    return last - (last - place.abs()).abs()
 
 
 class _Run:

@@ -63,16 +63,18 @@ def list_sites(backbone: nn.Module, kind: Literal["block", "norm", "all"] = "blo
         called, canonical = [name for name, _ in backbone.named_modules()], partial(_named, backbone)
         if kind == "all":
             raise
-    norms = [canonical(affine_output(backbone, name)) for name in called if _is_norm(backbone, name)]
-    if kind == "norm":
-        return norms
-    units = set(_blocks(backbone))
-    blocks = [name for name in called if name in units]
-    between = [f"{name}:input" for name in blocks] + ([f"{blocks[-1]}:output"] if blocks else [canonical(":output")])
-    if kind == "block":
-        return [":input", *between]
-    order = {node: index for index, node in enumerate(trace.graph.nodes)}
-    return sorted({":input", *between, *norms}, key=lambda name: order[trace.marks[name]])
+    found = []
+    if kind != "norm":
+        units = set(_blocks(backbone))
+        blocks = [name for name in called if name in units]
+        end = f"{blocks[-1]}:output" if blocks else canonical(":output")
+        found += [":input", *(f"{name}:input" for name in blocks), end]
+    if kind != "block":
+        found += [canonical(affine_output(backbone, name)) for name in called if _is_norm(backbone, name)]
+    if kind == "all":
+        order = {node: index for index, node in enumerate(trace.graph.nodes)}
+        found = sorted(set(found), key=lambda name: order[trace.marks[name]])
+    return found
 
 
 def resolve(backbone: nn.Module, site: str) -> str:

@@ -222,8 +222,7 @@ def fetch(
     """
     function = function or run_cell
     try:
-        task = _task(config["task"], config["size"])
-        model = _backbone(json.dumps(config["backbone"]))
+        model, task = load(config["backbone"], config["task"], config["size"])
     except (ValueError, OSError) as error:
         if {"APTHORY_DATA", "APTHORY_WEIGHTS", "APTHORY_FRESH"} & set(os.environ):
             raise
@@ -267,7 +266,7 @@ def run_cell(
         head: Of `make_head`; a trained one if left out.
     """
     started = time.perf_counter()
-    model, data = _backbone(json.dumps(dict(backbone))), _task(task, size)
+    model, data = load(backbone, task, size)
     how = training.Recipe(**recipe)
     if method["name"] == "random_prompt":
         fits = _fit_random(model, data, method, how, learning_rates, seeds)
@@ -368,16 +367,26 @@ def table(cells: Iterable[records.Record]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def best_sites(table: pd.DataFrame) -> pd.DataFrame:
-    """Of each task's rows those at the site with the best validation accuracy, averaged over seeds.
+def best(table: pd.DataFrame, by: str) -> pd.DataFrame:
+    """Of each backbone and task the rows with the best validation accuracy, averaged over seeds.
 
     Args:
-        table: Rows of one backbone and one method, as `table` gives them.
+        table: Rows of one method, as `table` gives them.
+        by: The column that is chosen, such as ``"site"``.
     """
-    means = table.groupby(["task", "site"], sort=False)["validation_accuracy"].mean()
-    best = means.groupby("task").idxmax()
-    chosen = set(best)
-    return table[[place in chosen for place in zip(table["task"], table["site"], strict=True)]]
+    means = table.groupby(["backbone", "task", by], sort=False)["validation_accuracy"].mean()
+    chosen = set(means.groupby(["backbone", "task"]).idxmax())
+    return table[[place in chosen for place in zip(table["backbone"], table["task"], table[by], strict=True)]]
+
+
+def best_sites(table: pd.DataFrame) -> pd.DataFrame:
+    """`best` by site."""
+    return best(table, "site")
+
+
+def load(backbone: Mapping[str, Any], task: str, size: int) -> tuple[nn.Module, tasks.Task]:
+    """Backbone and task of a configuration, from memory where they were wanted before."""
+    return _backbone(json.dumps(dict(backbone))), _task(task, size)
 
 
 def _fit_random(

@@ -30,14 +30,14 @@ suite: str = "embedded"  # embedded: under a minute, from scratch; small: real i
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from apthory import figures, notebooks, pixel_study, records, statistics
+from apthory import figures, notebooks, pixel_study, records, statistics, sweeps
 
 studies = [study for name, study in pixel_study.STUDIES[suite].items() if name != "masks"]
 table = pd.concat([pixel_study.run_study(study, records.folder(suite)) for study in studies], ignore_index=True)
 made_from = list(table["key"].unique())
 own = table[table["shift"] == ""]
 methods = own[own["part"] == "methods"]
-best_ap = pixel_study.best(methods[methods["arm"] == "ap"], "site")
+best_ap = sweeps.best(methods[methods["arm"] == "ap"], "site")
 backbones = list(methods["backbone"].unique())
 
 
@@ -167,7 +167,7 @@ with figures.theme(width=1.0, rows=1.4):
 # %%
 normalization = own[own["part"] == "normalization"]
 with_norm, without = (
-    pixel_study.best(normalization[normalization["arm"].str.startswith(name)], "arm") for name in ("l2", "none")
+    sweeps.best(normalization[normalization["arm"].str.startswith(name)], "arm") for name in ("l2", "none")
 )
 changes = {"gradient as it is, tuned": ("evp", without, with_norm)}
 for arm in own[own["part"] == "ablations"]["arm"].unique():
@@ -242,7 +242,7 @@ with figures.theme(width=0.6, rows=1.1):
 # %%
 moved = table[table["part"].isin(["domains", "corruptions"])].copy()
 moved = pd.concat([moved[moved["arm"] != "ap"], *(
-    pixel_study.best(several, "site") for _, several in moved[moved["arm"] == "ap"].groupby("part")
+    sweeps.best(several, "site") for _, several in moved[moved["arm"] == "ap"].groupby("part")
 )])  # fmt: skip
 kinds = {"domains": "other domains", "corruptions": "corrupted"}
 moved["images"] = moved["part"].map(kinds).where(moved["shift"] != "", "as trained")

@@ -142,7 +142,7 @@ def test_the_choice_is_by_mean_validation_accuracy(table: pd.DataFrame):
     ap = table[table["arm"] == "ap"].copy()
     ap["validation_accuracy"] = [50.0, 60.0, 90.0, 10.0]
     ap["accuracy"] = [0.0, 0.0, 100.0, 100.0]
-    assert set(pixel_study.best(ap, "site")["site"]) == {"blocks.0:input"}
+    assert set(sweeps.best(ap, "site")["site"]) == {"blocks.0:input"}
 
 
 def test_shifted_rows_stand_beside_the_own_test_part(table: pd.DataFrame):
@@ -184,12 +184,12 @@ def test_a_domain_is_trained_on_alone_and_another_tested(spec: dict, monkeypatch
     whole = tasks.load("textures", 32)
     seen = []
 
-    def load(task: str, size: int, domain: str = "") -> tasks.Task:
+    def load(task: str, size: int, domain: str) -> tasks.Task:
         seen.append(domain)
         other = tasks.Images(255 - whole.test.pixels, whole.test.labels)
         return whole if domain == "bright" else replace(whole, name="dark", test=other)
 
-    monkeypatch.setattr(pixel_study, "_load", load)
+    monkeypatch.setattr(pixel_study, "_domain", load)
     cell = config(spec, {"name": "linear_probe"}, domain="bright", shifts=[{"domain": "dark"}])
     values = pixel_study.run_shifted(**cell)
     assert seen == ["bright", "dark"]

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "backbones": BELOW_TRAINING,
     "tasks": BELOW_TRAINING,
     "records": BELOW_TRAINING,
-    "pretraining": BELOW_TRAINING,
+    "pretraining": BELOW_TRAINING | {"diversity"},
     "training": BELOW_TRAINING,
     "efficiency": BELOW_TRAINING | {"training"},
     "ranking": BELOW_SWEEPS | {"theory"},
