@@ -12,7 +12,7 @@ SCRATCH := build/notebooks
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-16s %s\n", $$1, $$2}'
 
-figures: venv ## compute the embedded suite anew: every notebook, record and figure (about 12 minutes)
+figures: venv ## compute the embedded suite anew: every notebook, record and figure (about 9 minutes)
 	$(RUN) apthory run --suite embedded --fresh
 
 figure: ## compute one notebook of the embedded suite anew: make figure NAME=03_layer_preference
@@ -27,19 +27,23 @@ small: ## run the small suite on the images in APTHORY_DATA; resumes where it wa
 	  $(RUN) apthory run --suite small
 
 # Every step resumes where it was stopped, after an epoch, a cell or a notebook at most, so short leases will do:
-# timeout -s INT 8m make gpu APTHORY_DATA=folder, again and again. Weights stay in checkpoints/.
-PRETRAIN = $(RUN) apthory pretrain $$name --data "$(APTHORY_DATA)" --output checkpoints/$$name --epochs 120 \
-  --batch-size 512 --learning-rate 0.002 --randaugment 7 --mixup 0.2 --keep 0 --keep 5 \
-  --note "Trained on Tiny-ImageNet (ImageNet images): for non-commercial research."
+# timeout -s INT 8m make gpu APTHORY_DATA=folder, again and again. Weights stay in checkpoints/, where they are not
+# trained again; the studies take the micro backbones that ship (`apthory ship` puts new ones in their place).
+PRETRAIN = test -f checkpoints/$$name/$$name.safetensors || $(RUN) apthory pretrain $$name --data "$(APTHORY_DATA)" \
+  --output checkpoints/$$name --epochs 120 --batch-size 512 --learning-rate 0.002 --randaugment 7 --mixup 0.2 \
+  --keep 0 --keep 5 --note "Trained on Tiny-ImageNet (ImageNet images; the test images are its official validation \
+  set): for non-commercial research."
+HAS_GPU = 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 
 gpu: ## what wants a GPU: backbones, costs at the paper's shapes, five seeds, wider networks; resumes
 	@test -d "$(APTHORY_DATA)" || { echo 'where are the images? make gpu APTHORY_DATA=folder' >&2; exit 2; }
 	@$(MAKE) --no-print-directory venv
-	for name in vit_micro resnet_micro; do $(PRETRAIN) || exit; done
+	@$(VENV)/bin/python -c $(HAS_GPU) || { echo 'torch sees no CUDA device; on CPUs these steps take weeks' >&2; exit 2; }
+	for name in vit_micro resnet_micro; do { $(PRETRAIN); } || exit; done
 	$(RUN) apthory run 07 --suite paper
 	$(RUN) apthory sweep S5 --suite paper --data "$(APTHORY_DATA)"
 	for name in vit_small_patch8_224 resnet50; do \
-	  $(PRETRAIN) && cp checkpoints/$$name/$$name.safetensors checkpoints || exit; done
+	  { $(PRETRAIN); } && cp checkpoints/$$name/$$name.safetensors checkpoints || exit; done
 	$(RUN) apthory sweep wide --suite paper --data "$(APTHORY_DATA)" --weights checkpoints
 
 bench: venv ## measure the prefix cache, CKA and attention distance against the usual loops, side by side

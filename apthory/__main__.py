@@ -5,6 +5,7 @@ import importlib
 import os
 import random
 from collections import Counter
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,21 +69,27 @@ def run(
 
 @app.command()
 def check(
-    pictures: Annotated[list[Path] | None, typer.Argument(help="Figures; else everything.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Claims (AP-1, AP-5a.thirds) or figures; else all.")] = None,
     recompute: Annotated[bool, typer.Option(help="Compute one random record again and compare.")] = False,
 ) -> None:
-    """Print the ledger of claims and all that is stale; exit with 1 if anything is."""
-    from apthory import figures, notebooks
+    """Print the ledger of claims and all that is stale; exit with 1 if anything is.
+
+    A claim is printed with what it says, how it is measured, and its verdicts; a figure with what it was made from.
+    """
+    from apthory import notebooks
 
     found = []
-    if pictures:
-        for path in pictures:
-            try:
-                typer.echo(_describe(figures.provenance(path)))
-            except (OSError, ValueError) as error:
-                found.append(str(error))
+    if names:
+        table = notebooks.ledger()
+        for name in names:
+            rows = table[(table["id"] == name) | table["id"].str.startswith(f"{name}.")]
+            if len(rows):
+                _print_claim(rows)
+            elif Path(name).is_file():
+                found += _check_figure(Path(name))
             else:
-                found += figures.problems(path)
+                near = get_close_matches(name, {*table["id"], *table["id"].str.partition(".")[0]}, cutoff=0.3)
+                raise ValueError(f"no claim and no file {name!r}; claims like it: {', '.join(sorted(near)) or 'none'}")
     else:
         _print_ledger(notebooks.ledger())
         found += notebooks.problems()
@@ -91,7 +98,10 @@ def check(
             typer.echo("\n".join(f"  {line}" for line in older[:10] + ["..."] * (len(older) > 10)))
     if recompute:
         found += _recompute_one()
-    typer.echo("\n".join(["", "stale:", *(f"  {line}" for line in found)]) if found else "\nall current")
+    if found:
+        typer.echo("\n".join(["", "stale:", *(f"  {line}" for line in found)]))
+    elif not names or recompute or any(Path(name).is_file() for name in names):
+        typer.echo("\nall current")
     if found:
         raise typer.Exit(1)
 
@@ -136,6 +146,7 @@ def _later(name: str, module: str, summary: str) -> None:
 
 
 _later("pretrain", "pretraining", "Train a micro backbone; resumes where it was interrupted.")
+_later("ship", "pretraining.cards", "Put pretrained weights into the package, each with its model card.")
 _later("sweep", "studies", "Run studies by name: prompts at every site, prompts on pixels; resumes.")
 _later("layers", "layers", "Rank the layers of a backbone on a task by one backward pass, and name the one to prompt.")
 _later("bench", "bench", "Measure training speed against the bounds, side by side.")
@@ -163,6 +174,26 @@ def _print_ledger(table: Any) -> None:
             interval = f"{row['value']:.3g} [{row['low']:.3g}, {row['high']:.3g}]"
             line += f" {interval:<24} {'; '.join(scope + seeds)}"
         typer.echo(line.rstrip())
+
+
+def _print_claim(rows: Any) -> None:
+    """Its statistics one by one, each with its verdicts."""
+    typer.echo(f"{rows['id'].iloc[0].partition('.')[0]}: {rows['claim'].iloc[0]}.")
+    for (key, statistic), several in rows.groupby(["id", "statistic"], sort=False):
+        typer.echo(f"\n{key}: {statistic}, claimed {several['threshold'].iloc[0]}")
+        for place, note in enumerate(several["note"].fillna("")):
+            _print_ledger(several.iloc[[place]])
+            typer.echo(f"  {note}\n" if note else "", nl=False)
+
+
+def _check_figure(path: Path) -> list[str]:
+    from apthory import figures
+
+    try:
+        typer.echo(_describe(figures.provenance(path)))
+    except (OSError, ValueError) as error:
+        return [str(error)]
+    return figures.problems(path)
 
 
 def _describe(note: dict[str, Any]) -> str:

@@ -1,8 +1,9 @@
 """Frozen backbones: timm models by name, two micro networks that ship with the package, local weight files."""
 
 import hashlib
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
+
+from apthory.determinism import random_stream
 
 SHIPPED = ("vit_micro", "resnet_micro")
 _MICRO_DATA = {  # statistics of Tiny-ImageNet, on which the micro backbones were trained
@@ -29,14 +32,16 @@ def create(name: str, num_classes: int = 0, **kwargs: Any) -> nn.Module:
     """A trainable backbone with random weights, its data configuration attached.
 
     Args:
-        name: ``vit_micro``, ``resnet_micro``, or any name that timm knows.
+        name: ``vit_micro``, ``resnet_micro``, or any name that timm knows. What follows a dot names weights, which
+            make no difference here.
         num_classes: Size of the classifier; 0 leaves it out, so that the result is the pooled feature.
         kwargs: Passed on to timm, for instance ``pad_type="same"``.
     """
-    if name == "vit_micro":
+    family, _ = _split(name)
+    if family == "vit_micro":
         shape = {"img_size": 64, "patch_size": 8, "embed_dim": 128, "depth": 8, "num_heads": 4, **kwargs}
         model = timm.models.VisionTransformer(num_classes=num_classes, **shape)
-    elif name == "resnet_micro":
+    elif family == "resnet_micro":
         shape = {"block": BasicBlock, "layers": [2, 2, 2, 2], "channels": (32, 64, 128, 256), **kwargs}
         model = timm.models.ResNet(num_classes=num_classes, **shape)
     elif timm.is_model(name):
@@ -47,8 +52,33 @@ def create(name: str, num_classes: int = 0, **kwargs: Any) -> nn.Module:
             f"no backbone {name!r}; shipped are {', '.join(SHIPPED)}, or any timm name"
             + (f" such as {', '.join(near)}" if near else "; timm.list_models() lists them")
         )
-    model.pretrained_cfg = model.default_cfg = {"architecture": name, **_MICRO_DATA}
+    model.pretrained_cfg = model.default_cfg = {"architecture": family, **_MICRO_DATA}
     return model
+
+
+def start(name: str, num_classes: int = 0, seed: int = 0, **kwargs: Any) -> nn.Module:
+    """`create`, with the random weights that pretraining with this seed starts from, in every process the same."""
+    with random_stream(seed, 0):
+        return create(name, num_classes, **kwargs)
+
+
+def stages(name: str) -> tuple[str, ...]:
+    """Names of a shipped backbone for `load`, in the order of its training, from random weights to the last.
+
+    ``vit_micro.random`` is the start of training, ``vit_micro.epoch-0008`` what it was after eight epochs (there are
+    only those epochs whose weights ship), ``vit_micro`` what became of it.
+    """
+    kept = sorted(path.stem for path in shipped_folder().glob(f"{name}.epoch-*.safetensors"))
+    return (f"{name}.random", *kept, name)
+
+
+def card(name: str) -> dict[str, Any]:
+    """What is known of a shipped file: data, recipe, curve, accuracy, hardware, as `apthory.pretraining` wrote it.
+
+    Raises:
+        ValueError: If no weights of that name ship.
+    """
+    return json.loads(_shipped(name).with_suffix(".json").read_text("utf-8"))
 
 
 def load(
@@ -66,7 +96,8 @@ def load(
     """A frozen backbone in eval mode that maps normalized images to pooled features.
 
     Args:
-        name: ``vit_micro`` or ``resnet_micro`` (weights ship with the package), or any timm name.
+        name: ``vit_micro`` or ``resnet_micro`` (weights ship with the package, also those of `stages`, such as
+            ``vit_micro.random``), or any timm name.
         pretrained: Use the shipped weights, or timm's. ``False`` leaves random weights.
         weights: A safetensors file with a state dict, used instead, also looked for in the folder that
             APTHORY_WEIGHTS names; half precision is widened to float32.
@@ -82,9 +113,11 @@ def load(
         ValueError: If the name is unknown or a weight file does not fit the architecture.
         OSError: If the weight file, or timm's download, cannot be had.
     """
-    if name in SHIPPED and pretrained and weights is None:
+    family, tag = _split(name)
+    is_ours = family in SHIPPED and pretrained and weights is None
+    if is_ours and tag != "random":
         weights = _shipped(name)
-    if weights is not None or not pretrained:
+    if is_ours or weights is not None or not pretrained:
         model = create(name, num_classes, **kwargs)
     elif not timm.is_model(name):
         model = create(name)  # raises, naming what there is
@@ -97,7 +130,10 @@ def load(
                 "pass weights=FILE.safetensors, or pretrained=False for random weights"
             ) from error
     if weights is not None:
-        _fill(model, weight_file(weights), name, num_classes)
+        _fill(model, load_file(weight_file(weights)), Path(weights).name, name, num_classes)
+    elif is_ours:  # with a classifier as large as in training, which takes random numbers too
+        first = start(name, _num_source_classes(model, _shipped(family), family), **kwargs)
+        _fill(model, first.state_dict(), "random weights", name, num_classes)
     input_size = input_size or kwargs.get("img_size")
     laid_out = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if input_size and laid_out and set(laid_out) != {input_size}:
@@ -122,11 +158,13 @@ def classifier(
         ValueError: If the name is unknown, the file has no classifier, or the classifier is not linear in the features.
         OSError: If the weight file, or timm's download, cannot be had.
     """
-    if name in SHIPPED and weights is None:
-        weights = _shipped(name)
-    if weights is not None:
+    family, tag = _split(name)
+    file = weights
+    if family in SHIPPED and weights is None:
+        file = _shipped(family if tag == "random" else name)
+    if file is not None:
         shape = {key: value for key, value in kwargs.items() if key not in ("input_size", "mean", "std")}
-        num_classes = _num_source_classes(create(name, **shape), weight_file(weights), name)
+        num_classes = _num_source_classes(create(name, **shape), weight_file(file), name)
     elif timm.is_model(name):
         num_classes = timm.get_pretrained_cfg(name).num_classes
     else:
@@ -205,8 +243,23 @@ def weight_file(path: str | Path) -> Path:
     return path
 
 
+def shipped_folder() -> Path:
+    """Where the weights that ship lie, each with its model card."""
+    return Path(str(resources.files("apthory") / "weights"))
+
+
+def _split(name: str) -> tuple[str, str]:
+    """A shipped backbone's architecture and the tag of its weights; other names are left as they are."""
+    family, _, tag = name.partition(".")
+    return (family, tag) if family in SHIPPED else (name, "")
+
+
 def _shipped(name: str) -> Path:
-    return Path(str(resources.files("apthory") / "weights" / f"{name}.safetensors"))
+    path = shipped_folder() / f"{name}.safetensors"
+    if not path.is_file():
+        known = ", ".join(stage for family in SHIPPED for stage in stages(family))
+        raise ValueError(f"no weights of {name!r} ship with the package; there are {known}")
+    return path
 
 
 def _classifier_layers(model: nn.Module) -> tuple[str, ...]:
@@ -223,8 +276,8 @@ def _num_source_classes(model: nn.Module, path: Path, name: str) -> int:
         return int(file.get_slice(keys[0]).get_shape()[0])
 
 
-def _fill(model: nn.Module, path: Path, name: str, num_classes: int) -> None:
-    state = {key: value.float() if value.is_floating_point() else value for key, value in load_file(path).items()}
+def _fill(model: nn.Module, state: Mapping[str, Tensor], source: str, name: str, num_classes: int) -> None:
+    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     if not num_classes:
         dropped = tuple(f"{layer}." for layer in _classifier_layers(model))
         state = {key: value for key, value in state.items() if not key.startswith(dropped)}
@@ -234,7 +287,7 @@ def _fill(model: nn.Module, path: Path, name: str, num_classes: int) -> None:
     if wrong or missing:
         what = f"{wrong[0]!r} of the file does not fit" if wrong else f"{missing[0]!r} is missing from the file"
         raise ValueError(
-            f"{path.name} does not hold the weights of {name!r}: {what} "
+            f"{source} does not hold the weights of {name!r}: {what} "
             f"({len(wrong)} misfits, {len(missing)} missing); check the name and timm's keyword arguments"
         )
     model.load_state_dict(state, strict=False)

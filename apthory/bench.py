@@ -51,7 +51,9 @@ def race(
     bundle = [training.Configuration(learning_rate=rate) for rate in learning_rates]
     customary = _Customary(model, task, how)
     places = sites.list_sites(model)
-    training.fit(model, task, methods.ActivationPrompting(site=places[-1]), bundle, replace(how, num_epochs=1))  # warm
+    training.fit(
+        model, task, methods.ActivationPrompting(site=places[-1]), bundle, recipe=replace(how, num_epochs=1)
+    )  # warm
     customary.epoch_seconds(places[-1])
     rows = []
     for index, site in enumerate(progress(places, desc=f"race on {backbone['name']}")):
@@ -59,7 +61,7 @@ def race(
         seconds, accuracy, cache_bytes = {}, {}, 0
         for name in ("cached", "frozen") if index % 2 else ("frozen", "cached"):
             start = perf_counter()
-            fits = training.fit(model, task, method, bundle, replace(how, cache=name == "cached"))
+            fits = training.fit(model, task, method, bundle, recipe=replace(how, cache=name == "cached"))
             seconds[name] = perf_counter() - start
             accuracy[name] = training.evaluate(task, [training.choose(fits)])[0].accuracy
             cache_bytes = max(cache_bytes, fits[0].cache_bytes)

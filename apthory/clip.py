@@ -5,8 +5,11 @@ configuration, and, traced by torch.fx, a prefix that can be cached. The text to
 """
 
 import difflib
+import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from apthory import backbones, training
 from apthory.heads import CosineHead, TextHead
 from apthory.tasks import Task
 
+PREFIX = "clip:"  # of the names of image towers among backbones: "clip:ViT-B-32"
 VP_TEMPLATE = "This is a photo of a {}"  # Bahng et al. 2022
 EVP_TEMPLATE = "this is a photo of a {}"  # Wu et al. 2022
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -117,9 +121,10 @@ def load(
 
     Args:
         name: Architecture, as open_clip calls it.
-        pretrained: Tag of weights that open_clip downloads, or a file of weights, also looked for in the folder that
-            APTHORY_WEIGHTS names, or None for random weights. A tag brings the activation function it was trained
-            with. A file does not: OpenAI's weights want the architecture with ``-quickgelu`` in its name.
+        pretrained: Tag of weights, read from the file NAME.TAG.safetensors in the folder that APTHORY_WEIGHTS names
+            (``ViT-B-32.openai.safetensors``) or else downloaded by open_clip; or any other file of weights, also
+            looked for in that folder; or None for random weights. A tag brings the activation function it was trained
+            with. Another file does not: OpenAI's weights want the architecture with ``-quickgelu`` in its name.
         device: ``"auto"`` takes a CUDA device if there is one.
         kwargs: Passed on to open_clip, for instance ``vision_cfg={...}`` of a smaller architecture.
 
@@ -136,19 +141,27 @@ def load(
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
         raise ValueError(f"open_clip has no {name!r}; it has {', '.join(near or known)}")
+    wanted, to_download = pretrained, ""
     if pretrained is not None:
         tags = open_clip.list_pretrained_tags_by_model(name)
-        if pretrained in tags:
-            quick_gelu = open_clip.pretrained.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
-            kwargs = {"force_quick_gelu": quick_gelu, **kwargs}
-        else:
-            try:
+        try:
+            if pretrained in tags:
+                own = open_clip.pretrained.get_pretrained_cfg(name, pretrained)
+                kwargs = {"force_quick_gelu": own.get("quick_gelu", False), **kwargs}
+                file = f"{name}.{pretrained}.safetensors"
+                page = f"https://huggingface.co/{own['hf_hub'].rstrip('/')}" if own.get("hf_hub") else own.get("url")
+                to_download = f"download its open_clip_model.safetensors from {page} to APTHORY_WEIGHTS as {file}, "
+                with suppress(OSError):
+                    pretrained = str(backbones.weight_file(file))
+                    pixels = {key: own[key] for key in ("mean", "std", "interpolation") if key in own}
+                    kwargs = {"force_preprocess_cfg": pixels, **kwargs}
+            else:
                 pretrained = str(backbones.weight_file(pretrained))
-            except OSError as error:
-                raise ValueError(
-                    f"{pretrained!r} is neither a file nor weights that open_clip has for {name!r}: "
-                    f"{', '.join(tags) or 'none'}"
-                ) from error
+        except OSError as error:
+            raise ValueError(
+                f"{pretrained!r} is neither a file nor weights that open_clip has for {name!r}: "
+                f"{', '.join(tags) or 'none'}"
+            ) from error
     try:
         model = open_clip.create_model(name, pretrained=pretrained, **kwargs)
     except Exception as error:
@@ -156,7 +169,7 @@ def load(
             raise
         reason = str(error).split("\n")[0]  # the hub's errors are many, and so are those of files that do not fit
         raise OSError(
-            f"weights {pretrained!r} of {name!r} cannot be had ({type(error).__name__}: {reason}); "
+            f"weights {wanted!r} of {name!r} cannot be had ({type(error).__name__}: {reason}); {to_download}"
             "pass pretrained=FILE with the weights of this architecture, or pretrained=None for random weights"
         ) from error
     if getattr(model.visual, "output_tokens", False):
@@ -174,6 +187,39 @@ def load(
     backbones.freeze(model)
     model.to(backbones.default_device() if device == "auto" else device)
     return CLIP(model.visual, model, open_clip.get_tokenizer(name, context_length=model.context_length))
+
+
+def is_tower(backbone: Mapping[str, Any]) -> bool:
+    """Whether the fields of a backbone in a study's configuration name the image tower of a CLIP."""
+    return str(backbone["name"]).startswith(PREFIX)
+
+
+def of(backbone: Mapping[str, Any]) -> CLIP:
+    """The CLIP behind a backbone of a study's configuration, from memory where it was wanted before.
+
+    Args:
+        backbone: ``name`` ("clip:ViT-B-32"), ``input_size``, and further arguments of `load`.
+    """
+    return _of(json.dumps(dict(backbone)))
+
+
+def text_head_of(backbone: Mapping[str, Any], classes: Sequence[str], template: str) -> TextHead:
+    """`CLIP.text_head` of such a backbone; the text tower runs once for all studies of a process."""
+    if not is_tower(backbone):
+        raise ValueError(f"{backbone['name']!r} has no text tower; a text head wants CLIP, such as {PREFIX}ViT-B-32")
+    return _text_head_of(json.dumps(dict(backbone)), tuple(classes), template)
+
+
+@lru_cache(maxsize=2)
+def _of(spec: str) -> CLIP:
+    fields = json.loads(spec)
+    size = fields.pop("input_size", None)
+    return load(fields.pop("name").removeprefix(PREFIX), force_image_size=size, **fields)
+
+
+@lru_cache
+def _text_head_of(spec: str, classes: tuple[str, ...], template: str) -> TextHead:
+    return _of(spec).text_head(classes, template)
 
 
 def readable(name: str) -> str:

@@ -210,7 +210,7 @@ def measure_trained(
     data = tasks.load(task, size=backbones.input_size(model))
     method = methods.ActivationPrompting(site=site, shape=shape)
     recipe = training.Recipe(num_epochs=num_epochs, precision="float32")
-    [fit] = training.fit(model, data, method, [training.Configuration(learning_rate=learning_rate)], recipe)
+    [fit] = training.fit(model, data, method, [training.Configuration(learning_rate=learning_rate)], recipe=recipe)
     images = training.normalized(model, data.test, fit.split.test[:num_images])
     prompt = cast(prompts.ActivationPrompt, fit.prompt)
     [gap] = equivalence.gap(model, prompt, layer, [fit.relative_norm], images=images)

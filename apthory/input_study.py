@@ -156,4 +156,4 @@ def _trained_prompt(
 ) -> training.Fit:
     method = methods.ActivationPrompting(site=site, shape=shape)
     configuration = training.Configuration(learning_rate=learning_rate, seed=seed)
-    return training.fit(model, data, method, [configuration], training.Recipe(**recipe))[0]
+    return training.fit(model, data, method, [configuration], recipe=training.Recipe(**recipe))[0]

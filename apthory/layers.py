@@ -21,7 +21,7 @@ UNITS = {  # of the scores, larger being better
 }
 
 
-@records.versioned(2)
+@records.versioned(3)
 def score(
     backbone: Mapping[str, Any],
     task: str,
@@ -64,7 +64,7 @@ def search(
     found = selection.find_site(
         model,
         data,
-        training.Recipe(**recipe),
+        recipe=training.Recipe(**recipe),
         budget=budget,
         learning_rates=learning_rates,
         places=places,
@@ -100,6 +100,8 @@ def command(
         raise typer.BadParameter("name either a folder of images (--data) or a task (--task)")
     if data and not Path(data).is_dir():
         raise typer.BadParameter(f"there is no folder {data!r}", param_hint="--data")
+    if score in ranking.SECOND_ORDER and not second_order:
+        raise typer.BadParameter(f"{score} wants images of its own, such as --second-order 40", param_hint="--score")
     model = backbones.load(backbone, weights=weights or None, input_size=size or None)
     images = tasks.load(f"folder:{data}" if data else task, backbones.input_size(model))
     table = ranking.rank_sites(

@@ -25,6 +25,7 @@ import pandas as pd
 
 from apthory import figures, records
 from apthory.progress import progress
+from apthory.statistics import Estimate
 
 Judgement = Literal["supported", "refuted", "open", "not run"]
 
@@ -170,6 +171,70 @@ def verdict(
     content = json.dumps(asdict(result), indent=1, ensure_ascii=False, allow_nan=False)
     records.write_atomically(records.suite_folder(suite) / "ledger" / name, (content + "\n").encode())
     return result
+
+
+class Judge:
+    """The verdicts of one notebook: call it once for each, show `table` at the end."""
+
+    def __init__(self, suite: str) -> None:
+        self.suite = suite
+        self.verdicts: list[Verdict] = []
+
+    def __call__(
+        self,
+        claim_id: str,
+        value: Estimate | float,
+        *,
+        backbones: Sequence[str] = (),
+        rows: Sequence[pd.DataFrame] = (),
+        tasks: Sequence[str] | None = None,
+        seeds: Sequence[int] | None = None,
+        made_from: Iterable[records.Record | str] | None = None,
+        tag: str = "",
+        note: str = "",
+    ) -> Verdict:
+        """`verdict`, with the scope read off the tables that were compared where it is not given.
+
+        Args:
+            value: With its interval; a plain number is exact.
+            rows: Tables behind the value, with columns task, seed and key: the scope is what they share of tasks and
+                seeds, and the records are all of theirs.
+        """
+
+        def shared(column: str) -> list[Any]:
+            return sorted(set.intersection(*(set(table[column]) for table in rows))) if rows else []
+
+        if made_from is None:
+            made_from = sorted({key for table in rows for key in table["key"]})
+        result = verdict(
+            claim_id,
+            value.value if isinstance(value, Estimate) else float(value),
+            value.interval if isinstance(value, Estimate) else None,
+            suite=self.suite,
+            backbones=backbones,
+            tasks=shared("task") if tasks is None else tasks,
+            seeds=shared("seed") if seeds is None else seeds,
+            made_from=made_from,
+            tag=tag,
+            note=note,
+        )
+        self.verdicts.append(result)
+        return result
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row for each verdict, in the order in which they were judged."""
+        return pd.DataFrame(
+            {
+                "claim": one.id,
+                "of": one.tag,
+                "value": f"{one.value:.3g}",
+                "interval": "exact" if one.low == one.high else f"[{one.low:.3g}, {one.high:.3g}]",
+                "rule": one.threshold,
+                "verdict": one.verdict,
+            }
+            for one in self.verdicts
+        )
 
 
 def ledger(root: Path | None = None) -> pd.DataFrame:

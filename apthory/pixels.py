@@ -208,15 +208,31 @@ class Overlay(nn.Module):
 
     def regions(self, x: Float[Tensor, "stack channel height width"]) -> Float[Tensor, "num batch row column"]:
         """1 in the regions of each image that have the prompt."""
-        if self.masks is None:
-            raise ValueError("this prompt is the same on every image; only AdaViPro decides by region")
-        grey = x.mean(1)
-        seen = regions.laplacian(grey) if self.layout.edges else grey
-        logits = self.masks(seen.unflatten(0, (len(self.values), -1)))
+        logits = self.logits(x)
         if not self.generators:
             return regions.decide(logits)
         noise = torch.stack([regions.gumbel(logits.shape[1:], generator) for generator in self.generators])
         return regions.decide_softly(logits, noise.to(logits), self.temperature)
+
+    def logits(self, x: Float[Tensor, "stack channel height width"]) -> Float[Tensor, "num batch 2 row column"]:
+        """What the mask generator says of each region, without noise: do not prompt, prompt."""
+        if self.masks is None:
+            raise ValueError("this prompt is the same on every image; only AdaViPro decides by region")
+        grey = x.mean(1)
+        seen = regions.laplacian(grey) if self.layout.edges else grey
+        return self.masks(seen.unflatten(0, (len(self.values), -1)))
+
+    @torch.no_grad()
+    def added_norm(self, x: Float[Tensor, "stack channel inner inner"]) -> Float[Tensor, " num"]:
+        """Euclidean norm of what each configuration adds to its images, those regions alone that have it; their mean.
+
+        In the units of normalized images; the black that EVP's frame lies on is no part of it.
+        """
+        prompt = self.unit.unsqueeze(-1) * self._canvas()
+        if self.masks is None:
+            return prompt.flatten(1).norm(dim=1)
+        shown = regions.by_pixel(self.regions(x), self.layout.size)
+        return (prompt.square().sum(1, keepdim=True) * shown).flatten(2).sum(2).sqrt().mean(1)
 
     @torch.no_grad()
     def descend(self, rates: Float[Tensor, " num"]) -> None:
@@ -306,9 +322,14 @@ class PixelPrompt(nn.Module):
         """AdaViPro's decisions: 1 in the regions of each image that have the prompt."""
         return self.overlay.regions(x)[0]
 
+    def probabilities(self, x: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch row column"]:
+        """How often AdaViPro's noise would let each region have the prompt; decided by `regions` at one half."""
+        return self.overlay.logits(x)[0].float().softmax(1)[:, 1]
+
     def relative_norm(self, x: Float[Tensor, "batch channel height width"]) -> float:
-        """Norm of the prompt divided by the mean norm of the images, shrunk where they are."""
-        return float(self.delta.norm() / shrunk(x, self.layout).float().flatten(1).norm(dim=1).mean())
+        """Mean norm of what is added to the images divided by their own, shrunk where they are."""
+        small = shrunk(x, self.layout).float()
+        return float(self.overlay.added_norm(small) / small.flatten(1).norm(dim=1).mean())
 
     def extra_repr(self) -> str:
         return f"{self.layout}, num_parameters={self.num_parameters}"

@@ -6,6 +6,7 @@ backward pass over the other half.
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial, reduce
@@ -70,8 +71,8 @@ def rank_sites(
         places: Sites to rank; all block sites but the image by default.
         score: What to rank by, one of `SCORES`.
         num_examples: Images of the train part of `Task.split`, at most 1,000.
-        num_second_order: Images of the second half for the scores newton and alignment, at most 200; 0 leaves both
-            out. newton stops after three steps of conjugate gradients.
+        num_second_order: Images of the second half for the scores newton and alignment, at most 200, in pairs of one
+            class; 0 leaves both out. newton stops after three steps of conjugate gradients.
         num_validation: Held out of the train part and not looked at, as in `training.Recipe`.
         seed: Of the split.
 
@@ -105,41 +106,66 @@ def rank_sites(
         )
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused kernels: no forward mode
         started = time.perf_counter()
-        tangents = _Tangents(backbone, task, places, split.train)
+        tangents = _Tangents(backbone, task, places, split.train, num_second_order)
         rows = tangents.first_order()
         flops, seconds = counter.get_total_flops(), time.perf_counter() - started
         first = {"examples": len(split.train), "flops": flops + tangents.head_flops, "seconds": seconds}
         cost = {"first order": first}
         if num_second_order:
             started = time.perf_counter()
-            rows = [
-                {**one, **two} for one, two in zip(rows, tangents.second_order(num_second_order, seed), strict=True)
-            ]
+            rows = [{**one, **two} for one, two in zip(rows, tangents.second_order(seed), strict=True)]
             flops, seconds = counter.get_total_flops() - flops, time.perf_counter() - started
-            num = min(num_second_order, len(tangents.unseen))
-            cost["second order"] = {"examples": num, "flops": flops, "seconds": seconds}
+            cost["second order"] = {"examples": tangents.pairs.numel(), "flops": flops, "seconds": seconds}
     table = pd.DataFrame(rows)
-    table.insert(1, "depth", [every.index(site) / (len(every) - 1) if site in every else math.nan for site in places])
+    table.insert(1, "depth", [_depth(site, every) for site in table["site"]])
     table = table.sort_values("site", key=lambda _: -SCORES[score](table), kind="stable", ignore_index=True)
     table.attrs["cost"] = cost
     return table
+
+
+def _depth(site: str, every: Sequence[str]) -> float:
+    return every.index(site) / (len(every) - 1) if site in every else math.nan
 
 
 class _Tangents:
     """Training images in two halves: one fitted the head, the gradients of the other, unseen one are taken."""
 
     def __init__(
-        self, backbone: nn.Module, task: Task, places: Sequence[str], indices: Int64[Tensor, " image"]
+        self,
+        backbone: nn.Module,
+        task: Task,
+        places: Sequence[str],
+        indices: Int64[Tensor, " image"],
+        num_second_order: int = 0,
     ) -> None:
-        self.backbone, self.images, self.places = backbone, task.train, places
+        self.backbone, self.images, self.places = backbone, task.train, list(places)
         self.device = next(backbone.parameters()).device
         by_class = indices[task.train.labels[indices].argsort(stable=True)]
         self.seen, self.unseen = by_class[::2], by_class[1::2]
+        self.pairs = self._pairs(num_second_order)
         self.units: dict[str, tuple[int, ...]] = {}
         self.norms: dict[str, float] = dict.fromkeys(places, 0.0)
         features, labels = self._features(), self.images.labels[self.seen]
+        self._drop_silent()
         head, self.head_flops = _fit_head(features, labels, len(task.classes))  # the fit is no work of torch's
         self.head = _Head(*(value.to(self.device) for value in head))
+
+    def _pairs(self, num: int) -> Int64[Tensor, "pair 2"]:
+        """At most that many unseen images, two by two of one class: the columns are halves with the same classes.
+
+        Drawn without regard to classes, images of a hundred classes make halves that have hardly one in common.
+        """
+        labels = self.images.labels[self.unseen]
+        sizes = labels.unique_consecutive(return_counts=True)[1]
+        pairs = torch.cat([own[: len(own) // 2 * 2].view(-1, 2) for own in self.unseen.split(sizes.tolist())])
+        kept = min(num // 2, len(pairs))
+        chosen = pairs[torch.arange(kept) * len(pairs) // max(kept, 1)]  # in proportion to the classes
+        if kept and len(self.images.labels[chosen[:, 0]].unique()) < 2:
+            raise ValueError(
+                f"all {chosen.numel()} images of the second order are of one class, out of {len(sizes)}; raise "
+                "num_second_order or num_examples, or leave the second order out (num_second_order=0)"
+            )
+        return chosen
 
     @torch.no_grad()
     def _features(self) -> Float[Tensor, "image width"]:
@@ -154,8 +180,21 @@ class _Tangents:
             chunks = [training.normalized(self.backbone, self.images, chunk) for chunk in self.seen.split(_CHUNK)]
             return torch.cat([self.backbone(x).float().cpu() for x in chunks])
 
+    def _drop_silent(self) -> None:
+        """Leave out, with a warning, the sites where nothing is measured: a prompt has no activation to be held by."""
+        if lost := [site for site, norm in self.norms.items() if not math.isfinite(norm)]:
+            raise ValueError(f"the activation at site {lost[0]!r} is not finite; check the weights and the images")
+        if silent := [site for site, norm in self.norms.items() if norm == 0]:
+            found = f"the activation is zero for all {len(self.seen)} images at {', '.join(silent)}"
+            if len(silent) == len(self.places):
+                raise ValueError(f"{found}, so there is no site to rank; choose other places")
+            warnings.warn(f"{found}: left out of the ranking", stacklevel=4)
+            for site in silent:
+                del self.norms[site], self.units[site]
+            self.places = list(self.norms)
+
     def _model(self, x: Tensor, shifts: tangent.Shifts) -> Float[Tensor, "image class"]:
-        """Logits with a shift for each image at every place."""
+        """Logits with shifts at every place, one for each image or one for all."""
         with sites.edited(self.backbone, {site: partial(add, shift) for site, shift in shifts.items()}):
             return self.head(self.backbone(x))
 
@@ -189,29 +228,49 @@ class _Tangents:
             for index, label in enumerate(classes.tolist()):
                 yield label, {site: tangent.Gradients.of(pieces[site][index], axes[site]) for site in self.places}
 
-    def second_order(self, num: int, seed: int) -> list[dict[str, float]]:
+    def second_order(self, seed: int) -> list[dict[str, float]]:
         """The second-order T3, and T4."""
-        places = torch.linspace(0, len(self.unseen) - 1, min(num, len(self.unseen))).long()
-        chosen = self.unseen[places]  # in proportion to the classes
-        parts = []
+        chosen, parts = self.pairs.flatten(), []
         for chunk in chosen.split(_CHUNK):
             x, _, shifts = self._at(chunk)
             parts.append((partial(self._model, x), shifts))
         frame = tangent.frame(_DIRECTIONS, len(self.head.bias), torch.Generator().manual_seed(seed)).to(self.device)
         kernels = tangent.tangent_kernels(parts, frame)
         target = tangent.label_kernel(self.images.labels[chosen].to(self.device))
+        others = [self._gradient_without(half) for half in self.pairs.unbind(1)]
         return [
-            {"newton": self._newton(site, chosen), "alignment": tangent.alignment(kernels[site], target)}
+            {
+                "newton": sum(map(partial(self._newton, site), self.pairs.unbind(1), others)) / 2,
+                "alignment": tangent.alignment(kernels[site], target),
+            }
             for site in progress(self.places, desc="second order")
         ]
 
-    def _newton(self, site: str, chosen: Int64[Tensor, " image"]) -> float:
-        """The gain of each half's step by the other half's gradient: without the bias of judging its own."""
+    def _gradient_without(self, half: Int64[Tensor, " image"]) -> dict[str, Tensor]:
+        """A prompt's gradient at every site from the other unseen images, each class with the weight it has with all.
+
+        Judged by the other column alone, a step would be praised for meeting its own choice of classes again.
+        """
+        rest = self.unseen[~torch.isin(self.unseen, half)]
+        sizes, left = (self.images.labels[part].bincount(minlength=len(self.head.bias)) for part in (self.unseen, rest))
+        weights = (sizes / left.clamp(min=1) / len(self.unseen)).float().to(self.device)
+        prompts = {site: torch.zeros(unit, device=self.device).requires_grad_() for site, unit in self.units.items()}
+        total = {site: torch.zeros_like(prompt) for site, prompt in prompts.items()}
+        for chunk in rest.split(_CHUNK):
+            x, labels, _ = self._at(chunk)
+            losses = functional.cross_entropy(self._model(x, prompts), labels, reduction="none")
+            gradients = torch.autograd.grad(losses @ weights[labels], list(prompts.values()))
+            for site, own in zip(prompts, gradients, strict=True):
+                total[site] += own
+        return total
+
+    def _newton(self, site: str, half: Int64[Tensor, " image"], others: Mapping[str, Tensor]) -> float:
+        """The gain of the step that these images want, by the gradient of others."""
         prompt, ridge = torch.zeros(self.units[site], device=self.device), _RIDGE / self.norms[site] ** 2
         prompts: list[Tensor] = []  # the one that the suffix adds is the last
         prefix, suffix = sites.split(self.backbone, site, {site: lambda z: z + prompts[-1]})
 
-        def part(chunk: Int64[Tensor, " image"], num: int) -> tangent.Part:
+        def part(chunk: Int64[Tensor, " image"]) -> tangent.Part:
             x, labels, _ = self._at(chunk)
             with torch.no_grad():
                 crossing = prefix(x)
@@ -220,13 +279,10 @@ class _Tangents:
                 prompts[:] = [prompt]
                 return self.head(suffix(*crossing))
 
-            return tangent.Part(model, lambda y: functional.cross_entropy(y, labels, reduction="sum") / num)
+            return tangent.Part(model, lambda y: functional.cross_entropy(y, labels, reduction="sum") / len(half))
 
-        one, other = (
-            tangent.newton([part(c, len(half)) for c in half.split(_CHUNK)], prompt, ridge, max_products=_PRODUCTS)
-            for half in (chosen[::2], chosen[1::2])
-        )
-        return float((one.step * other.gradient).sum() + (other.step * one.gradient).sum()) / 4
+        found = tangent.newton(list(map(part, half.split(_CHUNK))), prompt, ridge, max_products=_PRODUCTS)
+        return float((found.step * others[site]).sum()) / 2
 
 
 def _joined(

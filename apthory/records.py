@@ -94,19 +94,10 @@ def fetch(
         ValueError: If the function cannot be imported by name, or a number is not finite.
         TypeError: If configuration or values cannot be written as JSON.
     """
-    name = f"{function.__module__}.{function.__qualname__}"
-    if function.__module__ == "__main__" or "." in function.__qualname__:
-        raise ValueError(f"{name} cannot be imported by name; define it at the top level of a module")
-    identity: dict[str, Any] = {
-        "name": name,
-        "version": getattr(function, "version", 1),
-        "config": _plain_mapping(config, "config"),
-        "data": data,
-        "weights": weights,
-    }
-    path = folder / f"{_digest(identity)}.json"
-    if not fresh and not _predates_run(path) and (record := _read_or_set_aside(path)):
+    if not fresh and (record := lookup(function, config, data=data, weights=weights, folder=folder)):
         return record
+    identity = _identity(function, config, data, weights)
+    path = folder / f"{_digest(identity)}.json"
     start = time.perf_counter()
     returned = function(**copy.deepcopy(identity["config"]))
     seconds = time.perf_counter() - start
@@ -123,6 +114,14 @@ def fetch(
     lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in content.items())
     write_atomically(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
     return record
+
+
+def lookup(
+    function: Callable[..., Mapping[str, Any]], config: Any, *, data: str = "", weights: str = "", folder: Path
+) -> Record | None:
+    """The record that `fetch` would read; None where it would compute."""
+    path = folder / f"{_digest(_identity(function, config, data, weights))}.json"
+    return None if _predates_run(path) else _read_or_set_aside(path)
 
 
 def read(path: Path) -> Record:
@@ -245,6 +244,20 @@ def write_atomically(path: Path, content: bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _identity(function: Callable[..., Any], config: Any, data: str, weights: str) -> dict[str, Any]:
+    """What a record's key is the digest of."""
+    name = f"{function.__module__}.{function.__qualname__}"
+    if function.__module__ == "__main__" or "." in function.__qualname__:
+        raise ValueError(f"{name} cannot be imported by name; define it at the top level of a module")
+    return {
+        "name": name,
+        "version": getattr(function, "version", 1),
+        "config": _plain_mapping(config, "config"),
+        "data": data,
+        "weights": weights,
+    }
 
 
 def _read_or_set_aside(path: Path) -> Record | None:

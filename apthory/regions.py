@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+_CHUNK = 2**22  # gathered values that a processor sees at once: more fall out of its cache, which takes twice the time
+
 
 def laplacian(grey: Float[Tensor, "batch height width"]) -> Float[Tensor, "batch height width"]:
     """Sum of the four neighbours less four times the pixel.
@@ -81,6 +83,10 @@ class MaskGenerator(nn.Module):
                 row.copy_(bound * (2 * torch.rand(row.shape, generator=generator) - 1))
 
     def forward(self, seen: Float[Tensor, "num batch height width"]) -> Float[Tensor, "num batch 2 row column"]:
+        num_images = len(seen[0]) if seen.is_cuda else max(1, _CHUNK // (self.gather_bias.numel() * seen[0, 0].numel()))
+        return torch.cat([self._logits(part) for part in seen.split(num_images, dim=1)], dim=1)
+
+    def _logits(self, seen: Float[Tensor, "num batch height width"]) -> Float[Tensor, "num batch 2 row column"]:
         num, batch, region = *seen.shape[:2], self.decide_weight.shape[-1]
         rows, columns = (size // region for size in seen.shape[2:])
         # Both convolutions as products of matrices, batched over configurations: with one channel, and with kernel =

@@ -100,8 +100,8 @@ class _Candidate(NamedTuple):
 def find_site(
     backbone: nn.Module,
     task: Task,
-    recipe: training.Recipe | None = None,
     *,
+    recipe: training.Recipe | None = None,
     budget: float = 1 / 8,
     learning_rates: Sequence[float] = (4e-3, 1.6e-2, 6.4e-2),
     places: Sequence[str] | None = None,
@@ -241,7 +241,7 @@ class _Race:
             cache = self.caches.setdefault(site, training.PrefixCache())
             bundle = [training.Configuration(learning_rate=c.learning_rate, seed=self.seed) for c in candidates]
             method = methods.ActivationPrompting(site=site)
-            fits += training.fit(self.backbone, self.task, method, bundle, rung, cache=cache)
+            fits += training.fit(self.backbone, self.task, method, bundle, recipe=rung, cache=cache)
         fits.sort(key=lambda fit: (-fit.validation_accuracy, fit.validation_loss))  # as training.choose has it
         for fit in fits:
             trained = {"site": fit.method.site, "learning_rate": fit.configuration.learning_rate}

@@ -45,12 +45,12 @@ def paired_difference(first: pd.DataFrame, second: pd.DataFrame, *, num_draws: i
         )
         for _, rows in both.groupby("task", sort=True)
     ]  # one (seed, image) table for each task
-    return _bootstrap([gap[None] for gap in gaps], lambda means: float(means[0]), num_draws, seed)
+    return _bootstrap([gap[None] for gap in gaps], lambda means: means[:, 0], num_draws, seed)
 
 
 def over_sites(
     table: pd.DataFrame,
-    statistic: Callable[[np.ndarray, np.ndarray], float],
+    statistic: Callable[[np.ndarray, np.ndarray], np.ndarray | float],
     minus: pd.DataFrame | None = None,
     *,
     num_draws: int = 1000,
@@ -60,7 +60,7 @@ def over_sites(
 
     Args:
         table: Columns task, site, depth, seed, correct: every seed of a task at every site.
-        statistic: Of the depths and the accuracies in percent, such as `spearman`.
+        statistic: Of the depths and of accuracies in percent, one row a draw, such as `spearman`: one value a row.
         minus: Another table on the same tasks, sites and seeds, whose statistic is subtracted.
     """
     tables = [table] if minus is None else [table, minus]
@@ -75,8 +75,8 @@ def over_sites(
         several = [np.stack(list(one.loc[one["task"] == task, "correct"])) for one in ordered]
         stacks.append(np.concatenate([100.0 * rows.reshape(len(depth), -1, rows.shape[1]) for rows in several]))
 
-    def difference(means: Float[np.ndarray, " sites"]) -> float:
-        values = [statistic(depth, part) for part in np.split(means, len(tables))]
+    def difference(means: Float[np.ndarray, "draw sites"]) -> Float[np.ndarray, " draw"]:
+        values = [np.asarray(statistic(depth, part)) for part in np.split(means, len(tables), axis=-1)]
         return values[0] - sum(values[1:])
 
     return _bootstrap(stacks, difference, num_draws, seed)
@@ -84,11 +84,11 @@ def over_sites(
 
 def _bootstrap(
     stacks: Sequence[Float[np.ndarray, "_site _seed _image"]],
-    statistic: Callable[[np.ndarray], float],
+    statistic: Callable[[np.ndarray], np.ndarray],
     num_draws: int,
     seed: int,
 ) -> Estimate:
-    """Mean over tasks of a statistic of the site means, drawing tasks, then seeds, then test images anew.
+    """Mean over tasks of a statistic of site means (one row a draw), drawing tasks, then seeds, then test images anew.
 
     All sites keep the same seeds and images in a draw. With few tasks percentiles are too narrow (with two of them
     they end at the extremes), so the interval is the bootstrap's standard error, made unbiased for the number of
@@ -97,17 +97,16 @@ def _bootstrap(
     num_tasks = len(stacks)
     if num_tasks < 2:
         raise ValueError(f"an interval over tasks needs at least two tasks, not {num_tasks}")
-    value = float(np.mean([statistic(stack.mean((1, 2))) for stack in stacks]))
+    value = float(np.mean(statistic(np.stack([stack.mean((1, 2)) for stack in stacks]))))
     random = np.random.default_rng(seed)
-    draws = np.empty(num_draws)
-    for index in range(num_draws):
-        values = []
+    means = []
+    for _ in range(num_draws):
         for stack in (stacks[task] for task in random.integers(num_tasks, size=num_tasks)):
             _, num_seeds, num_images = stack.shape
             seeds = random.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds)) / num_seeds
             images = random.multinomial(num_images, np.full(num_images, 1 / num_images)) / num_images
-            values.append(statistic(seeds @ (stack @ images).T))
-        draws[index] = np.mean(values)
+            means.append(seeds @ (stack @ images).T)
+    draws = statistic(np.stack(means)).reshape(num_draws, num_tasks).mean(1)
     reach = draws.std() * np.sqrt(num_tasks / (num_tasks - 1)) * stats.t.ppf(0.975, num_tasks - 1)
     return Estimate(value=value, low=value - float(reach), high=value + float(reach))
 
@@ -144,13 +143,25 @@ def over_tasks(values: Sequence[float]) -> Estimate:
     return Estimate(value=float(data.mean()), low=float(data.mean()) - reach, high=float(data.mean()) + reach)
 
 
-def spearman(depth: Float[np.ndarray, " site"], accuracy: Float[np.ndarray, " site"]) -> float:
-    """Rank correlation; 0 where all accuracies are equal."""
-    return 0.0 if np.ptp(accuracy) == 0 else float(stats.spearmanr(depth, accuracy).statistic)
+def spearman(
+    depth: Float[np.ndarray, " site"] | pd.Series, accuracy: Float[np.ndarray, "*draw site"] | pd.Series
+) -> Float[np.ndarray, "*draw"] | float:
+    """Rank correlation over the last axis; 0 where all accuracies are equal. Equal values share their mean rank."""
+    ranks = (stats.rankdata(values, axis=-1) for values in (depth, accuracy))
+    x, y = (rank - (rank.shape[-1] + 1) / 2 for rank in ranks)
+    # Divided as `numpy.corrcoef` does: scipy's own, which takes one pair at a time, gives the same bits.
+    freedom = max(x.shape[-1] - 1, 1)
+    covariance, *variances = ((a * b).sum(-1) * (1 / freedom) for a, b in ((x, y), (y, y), (x, x)))
+    result = np.zeros(y.shape[:-1])
+    np.divide(covariance, np.sqrt(variances[0]), out=result, where=variances[0] > 0)
+    np.divide(result, np.sqrt(variances[1]), out=result, where=variances[1] > 0)
+    return result.clip(-1, 1)[()]
 
 
-def deep_minus_shallow(depth: Float[np.ndarray, " site"], accuracy: Float[np.ndarray, " site"]) -> float:
+def deep_minus_shallow(
+    depth: Float[np.ndarray, " site"], accuracy: Float[np.ndarray, "*draw site"]
+) -> Float[np.ndarray, "*draw"] | float:
     """Mean accuracy in the deepest third of the sites minus that in the shallowest third, in points."""
     third = max(1, len(depth) // 3)
-    ranked = accuracy[np.argsort(depth)]
-    return float(ranked[-third:].mean() - ranked[:third].mean())
+    ranked = accuracy[..., np.argsort(depth)]
+    return ranked[..., -third:].mean(-1) - ranked[..., :third].mean(-1)

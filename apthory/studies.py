@@ -2,22 +2,20 @@
 
 import os
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from multiprocessing import get_context
 from typing import Annotated
 
-import torch
 import typer
 
-from apthory import pixel_study, records, sweeps
+from apthory import pixel_study, pixel_suites, records, stage_study, sweeps
 
 Study = sweeps.Study | pixel_study.Study
 
 
 def known() -> dict[str, Mapping[str, Study]]:
     """All studies, by suite and name."""
-    return {suite: {**sweeps.STUDIES.get(suite, {}), **pixel_study.STUDIES.get(suite, {})} for suite in records.SUITES}
+    several = (sweeps.STUDIES, stage_study.STUDIES, pixel_suites.STUDIES)
+    return {suite: {name: one for by in several for name, one in by.get(suite, {}).items()} for suite in records.SUITES}
 
 
 def command(
@@ -39,9 +37,7 @@ def command(
     with ExitStack() as stack:
         pool = None
         if workers > 1:
-            spawn = get_context("spawn")
-            pool = ProcessPoolExecutor(workers, spawn, initializer=torch.set_num_threads, initargs=(1,))
-            stack.enter_context(pool)
+            pool = stack.enter_context(sweeps.processes(workers))
         for one in chosen.values():
             run = sweeps.run_study if isinstance(one, sweeps.Study) else pixel_study.run_study
             result = run(one, records.folder(suite), pool)

@@ -10,21 +10,37 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import nn
 
-from apthory import backbones, diversity, heads, methods, pixels, prompts, records, regions, sites, tasks, training
+from apthory import (
+    backbones,
+    clip,
+    diversity,
+    heads,
+    methods,
+    pixels,
+    prompts,
+    records,
+    regions,
+    sites,
+    tasks,
+    tracing,
+    training,
+)
 from apthory.progress import progress
 
-_SOURCES = (sites, prompts, pixels, regions, diversity, methods, heads, training, backbones, tasks)
+_SOURCES = (tracing, sites, prompts, pixels, regions, diversity, methods, heads, training, backbones, tasks)
 SMALL_TASKS = ("cifar10", "gtsrb", "caltech101", "dtd10", "pacs", "rsscn7", "sign_digits", "trashnet")
 MOBILENET = {
     "name": "mobilenetv2_100",
@@ -61,6 +77,7 @@ class Study:
     site_every: int = 1  # every n-th of them, from the first
     norm_every: int = 1  # normalization tuning at every n-th site, from the one before the last
     frozen_every: int = 1  # prompts with frozen heads likewise
+    controls: bool = True  # what is held against a prompt at its site; without them the linear probe alone
     full: bool = True  # full fine-tuning as a comparator
     finer: bool = False  # activation prompts after every normalization layer as well
 
@@ -70,13 +87,13 @@ STUDIES: dict[str, dict[str, Study]] = {
     "embedded": {
         "S": Study(
             protocol=Protocol(
-                recipe=training.Recipe(num_epochs=6, num_train=128, num_validation=100, num_test=300),
+                recipe=training.Recipe(num_epochs=4, num_train=96, num_validation=64, num_test=200),
                 seeds=(0, 1),
                 control_seeds=(0,),
             ),
             tasks=("textures", "orientation"),
             site_every=2,
-            frozen_every=2,
+            frozen_every=4,
         ),
     },
     "small": {
@@ -120,6 +137,8 @@ def run_study(study: Study, folder: Path, executor: Executor | None = None) -> p
 def fetch_study(study: Study, folder: Path, executor: Executor | None = None) -> list[records.Record]:
     """The records of `run_study`."""
     main = fetch_all(list(cells(study)), folder, executor)
+    if not study.controls:
+        return main
     random = []
     for record in main:
         if record.config["method"]["name"] in ("ap", "vp"):
@@ -146,6 +165,8 @@ def cells(study: Study) -> Iterable[dict[str, Any]]:
             for site in chosen:
                 prompt = "vp" if site == ":input" else "ap"
                 every.append(cell(study.protocol, backbone, task, {"name": prompt, "site": site}))
+                if not study.controls:
+                    continue
                 every.append(cell(study.protocol, backbone, task, {"name": "site_probe", "site": site}))
                 if site in with_frozen:
                     costly.append(
@@ -197,10 +218,18 @@ def fetch_all(
     """
     if executor is None:
         return [fetch(config, folder, function) for config in progress(configs, desc="cells")]
-    futures = [executor.submit(fetch, config, folder, function) for config in configs]
+    known = [_recorded(config, folder, function) for config in progress(configs, desc="records")]
+    pairs = zip(configs, known, strict=True)
+    futures = [executor.submit(fetch, config, folder, function) for config, record in pairs if record is None]
     for future in progress(as_completed(futures), desc="cells", total=len(futures)):
         future.result()  # the first failure ends the sweep; what is done stays recorded
-    return [future.result() for future in futures]
+    computed = (future.result() for future in futures)
+    return [record or next(computed) for record in known]
+
+
+def processes(num: int) -> Executor:
+    """An executor of so many processes with one thread each, which start when there is something to compute."""
+    return ProcessPoolExecutor(num, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
 
 
 def fetch(
@@ -232,14 +261,27 @@ def fetch(
             raise
         warnings.warn(f"taking the record of {config['task']!r} as it is, since {error}", stacklevel=2)
         return record
-    return records.fetch(
-        function,
-        config,
-        data=task.digest,
-        weights=backbones.digest(model),
-        sources=(*_SOURCES, *sources),
-        folder=folder,
-    )
+    is_clip = clip.is_tower(config["backbone"])
+    sources = (*_SOURCES, *sources, clip) if is_clip else (*_SOURCES, *sources)
+    return records.fetch(function, config, **_digests(config, model, task), sources=sources, folder=folder)
+
+
+def _recorded(
+    config: Mapping[str, Any], folder: Path, function: Callable[..., Mapping[str, Any]] | None
+) -> records.Record | None:
+    """What `fetch` gives without computing anything; None where there is something to compute."""
+    try:
+        model, task = load(config["backbone"], config["task"], config["size"])
+    except (ValueError, OSError):
+        return fetch(config, folder, function)  # reads, or says what is wrong
+    return records.lookup(function or run_cell, config, **_digests(config, model, task), folder=folder)
+
+
+def _digests(config: Mapping[str, Any], model: nn.Module, task: tasks.Task) -> dict[str, Any]:
+    """What a record's key takes besides the configuration."""
+    is_clip = clip.is_tower(config["backbone"])  # its text tower may be the head
+    weights = clip.of(config["backbone"]).model if is_clip else model
+    return {"data": task.digest, "weights": backbones.digest(weights)}
 
 
 @records.versioned(1)
@@ -274,9 +316,13 @@ def run_cell(
     else:
         probe = None
         if method["name"] == "frozen_head":
-            probe = training.tune(model, data, methods.LinearProbe(), how, learning_rates, seeds)
-        spec = make_head(head, backbone)
-        fits = training.tune(model, data, make(method), how, learning_rates, seeds, head=spec, heads=probe)
+            probe = training.tune(
+                model, data, methods.LinearProbe(), recipe=how, learning_rates=learning_rates, seeds=seeds
+            )
+        spec = make_head(head, backbone, data.classes)
+        fits = training.tune(
+            model, data, make(method), recipe=how, learning_rates=learning_rates, seeds=seeds, head=spec, heads=probe
+        )
         evaluations = training.evaluate(data, fits)
     return {**describe(data, fits, evaluations), "bundle_seconds": time.perf_counter() - started}
 
@@ -327,9 +373,15 @@ def make(method: Mapping[str, Any]) -> methods.Method:
     raise ValueError(f"no method {name!r}; expected {known}")
 
 
-def make_head(head: Mapping[str, Any] | None, backbone: Mapping[str, Any]) -> heads.HeadSpec | None:
-    """None for a trained head; otherwise fields of `heads.LabelMapping`, onto the backbone's own classifier."""
-    return None if head is None else heads.LabelMapping(backbones.classifier(**backbone), **head)
+def make_head(
+    head: Mapping[str, Any] | None, backbone: Mapping[str, Any], classes: Sequence[str]
+) -> heads.HeadSpec | None:
+    """None for a trained head; with a ``template``, CLIP's text head; else fields of a `heads.LabelMapping`."""
+    if head is None:
+        return None
+    if "template" in head:
+        return clip.text_head_of(backbone, classes, **head)
+    return heads.LabelMapping(backbones.classifier(**backbone), **head)
 
 
 def table(cells: Iterable[records.Record]) -> pd.DataFrame:
@@ -402,10 +454,10 @@ def _fit_random(
         methods.FixedPrompt(site=method["site"], norm=norm, seed=seed)
         for norm, seed in zip(method["norms"], seeds, strict=True)
     ]
-    fits = training.tune(model, data, fixed[0], recipe, learning_rates, seeds[:1])
+    fits = training.tune(model, data, fixed[0], recipe=recipe, learning_rates=learning_rates, seeds=seeds[:1])
     for prompt, seed in zip(fixed[1:], seeds[1:], strict=True):
         configuration = training.Configuration(learning_rate=fits[0].configuration.learning_rate, seed=seed)
-        fits += training.fit(model, data, prompt, [configuration], recipe)
+        fits += training.fit(model, data, prompt, [configuration], recipe=recipe)
     return fits
 
 
@@ -417,7 +469,8 @@ def _by_config(folder: Path, name: str) -> dict[str, records.Record]:
 
 @lru_cache(maxsize=4)
 def _backbone(spec: str) -> nn.Module:
-    return backbones.load(**json.loads(spec))
+    fields = json.loads(spec)
+    return clip.of(fields).image if clip.is_tower(fields) else backbones.load(**fields)
 
 
 @lru_cache(maxsize=16)  # a sweep goes over its tasks several times
@@ -427,7 +480,9 @@ def _task(name: str, size: int) -> tasks.Task:
 
 @lru_cache
 def _depth(spec: str, site: str) -> float:
-    model = backbones.create(**_architecture(json.loads(spec)))
+    fields = json.loads(spec)
+    is_clip = clip.is_tower(fields)
+    model = clip.of(fields | {"pretrained": None}).image if is_clip else backbones.create(**_architecture(fields))
     blocks = sites.list_sites(model)
     if site == ":output":
         return 1.0

@@ -46,6 +46,9 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __repr__(self) -> str:
+        return f"Images({len(self)} of {' x '.join(map(str, self.pixels.shape[1:]))})"
+
 
 @dataclass(frozen=True, eq=False)
 class Split:
@@ -60,6 +63,10 @@ class Split:
     def digest(self) -> str:
         """SHA-256 of the three lists of indices, in hex."""
         return _sha256(*(part.numpy() for part in (self.train, self.validation, self.test)))
+
+    def __repr__(self) -> str:
+        sizes = f"train={len(self.train)}, validation={len(self.validation)}, test={len(self.test)}"
+        return f"Split(seed={self.seed}, {sizes})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +102,11 @@ class Task:
                 )
         if missing := self._absent(self.train.labels):
             raise ValueError(f"{here} has no training image of {missing}; add some or remove the class")
+
+    def __repr__(self) -> str:
+        side = self.train.pixels.shape[-1]
+        images = f"{len(self.train)} train and {len(self.test)} test images of {side} px"
+        return f"Task({self.name!r}, {len(self.classes)} classes ({_some(self.classes)}), {images})"
 
     @cached_property
     def digest(self) -> str:
@@ -177,6 +189,9 @@ def load(name: str, size: int, data: str | Path | None = None) -> Task:
     folder = data or os.environ.get("APTHORY_DATA")
     known = f"Embedded tasks: {', '.join(EMBEDDED)}. Elsewhere: folder:PATH, parquet:PATH, hub:ID."
     way_out = "Set APTHORY_DATA or pass data= to name the folder that holds the tasks"
+    if Path(name).is_dir() and not (folder and (Path(folder) / name).is_dir()):
+        kind = "parquet" if any(Path(name).glob("train-*.parquet")) else "folder"
+        raise ValueError(f"{name!r} is a folder, no task's name; write {f'{kind}:{name}'!r} to read the images in it")
     if not folder:
         raise ValueError(f"no embedded task {name!r}, and no data folder to look in. {way_out}. {known}")
     if not Path(folder).is_dir():

@@ -132,8 +132,8 @@ def fit(
     task: Task,
     method: Method,
     configurations: Sequence[Configuration] | None = None,
-    recipe: Recipe | None = None,
     *,
+    recipe: Recipe | None = None,
     head: HeadSpec | None = None,
     heads: Sequence[Fit] | None = None,
     cache: "PrefixCache | None" = None,
@@ -227,10 +227,10 @@ def tune(
     backbone: nn.Module,
     task: Task,
     method: Method,
-    recipe: Recipe,
+    *,
     learning_rates: Sequence[float],
     seeds: Sequence[int],
-    *,
+    recipe: Recipe | None = None,
     head: HeadSpec | None = None,
     heads: Sequence[Fit] | None = None,
     max_extensions: int = 2,
@@ -241,6 +241,8 @@ def tune(
 
     Args:
         learning_rates: Ascending grid.
+        seeds: Of subsample, split, head and order; all are trained with the rate that the first one chooses.
+        recipe: Shared by all; the default one if left out, as in `fit`.
         head: The kind of head; a trained linear one by default.
         heads: Fits whose heads a method with a frozen head uses, one for each seed.
 
@@ -254,7 +256,7 @@ def tune(
     def train(rates: Sequence[float]) -> list[Fit]:
         bundle = [Configuration(learning_rate=rate, seed=seeds[0]) for rate in rates]
         repeated = None if first_head is None else list(first_head) * len(bundle)
-        return fit(backbone, task, method, bundle, recipe, head=head, heads=repeated, cache=cache)
+        return fit(backbone, task, method, bundle, recipe=recipe, head=head, heads=repeated, cache=cache)
 
     tried = train(rates)
     for _ in range(max_extensions if len(rates) > 1 else 0):
@@ -273,7 +275,10 @@ def tune(
     others = [replace(best.configuration, seed=seed) for seed in seeds[1:]]
     if not others:
         return [best]
-    fits = [best, *fit(backbone, task, method, others, recipe, head=head, heads=heads and heads[1:], cache=cache)]
+    fits = [
+        best,
+        *fit(backbone, task, method, others, recipe=recipe, head=head, heads=heads and heads[1:], cache=cache),
+    ]
     if lost := [one.configuration.seed for one in fits if not one.epoch]:
         raise ValueError(f"the loss was never finite for the seeds {lost} at {best.configuration}; choose lower rates")
     return fits
@@ -563,7 +568,7 @@ def _fit(
         raise ValueError(f"no configuration (learning rates {rates}) ever had a finite loss; choose lower rates")
 
     def result(k: int) -> Fit:
-        norm, relative_norm = _prompt_norm(states[k], bundle.body)
+        norm, relative_norm = _prompt_norm(states[k], bundle, k)
         return Fit(
             backbone=backbone,
             method=method,
@@ -695,12 +700,22 @@ def losses(logits: Float[Tensor, "num batch class"], labels: Int64[Tensor, "num 
     return by_example.view_as(labels).mean(1)
 
 
-def _prompt_norm(state: dict[str, Tensor], body: Body) -> tuple[float, float]:
-    """Norm of the prompt over all units, and the same divided by the mean norm of the activations."""
+def _prompt_norm(state: dict[str, Tensor], bundle: Bundle, k: int) -> tuple[float, float]:
+    """Norm over all units of what a prompt adds, and the same divided by the mean norm of the activations.
+
+    Where it differs between images (AdaViPro), the mean over the training images that scales are read from.
+    """
     if "edits.prompt.values" not in state:
         return 0.0, 0.0
-    delta = state["edits.prompt.unit"][0] * state["edits.prompt.values"][0]
-    norm = float(delta.expand(body.edits["prompt"].unit_shape).norm())
+    edit = bundle.body.edits["prompt"]
+    if isinstance(edit, Overlay) and edit.masks is not None:
+        overlay = bundle.method.build(bundle.backbone, 1).overlays[0].to(bundle.device)
+        _load(overlay, [state], "edits.prompt.")
+        with autocast(bundle.backbone, bundle.recipe.precision):
+            norm = float(overlay.added_norm(*bundle.source(bundle.splits[k].train[:_CALIBRATION])))
+    else:
+        delta = state["edits.prompt.unit"][0] * state["edits.prompt.values"][0]
+        norm = float(delta.expand(edit.unit_shape).norm())
     return norm, norm / float(state["edits.prompt.activation_norm"])
 
 

@@ -349,27 +349,21 @@ pd.DataFrame(
 # seen near 2 and 1 in trials when their thresholds were written down, so that row confirms rather than tests.
 
 # %%
-verdicts = []
-
-
-def judge(claim, value, backbones, made_from, tag="", tasks=("random images",), note=""):
-    common = {"suite": suite, "backbones": backbones, "tasks": tasks, "seeds": [0], "tag": tag, "note": note}
-    verdict = notebooks.verdict(claim, value, None, made_from=made_from, **common)
-    verdicts.append(
-        {"claim": claim, "tag": tag, "value": f"{value:.2g}", "rule": verdict.threshold, "verdict": verdict.verdict}
-    )
-
-
+judge = notebooks.Judge(suite)
+images = {"tasks": ["random images"], "seeds": [0]}
 for name, record in by_layer.items():
     exact = [row["difference"] for row in record["rows"] if row["exact"]]
-    judge("AP-4.logits", max(exact), [name], [record], name, note=f"{len(exact)} edges of layers")
+    note = f"{len(exact)} edges of layers"
+    judge("AP-4.logits", max(exact), backbones=[name], made_from=[record], tag=name, note=note, **images)
 for name in SHIPPED:
     largest = max(values["difference"] for values in trained_alike[name]["optimizers"].values())
-    judge("AP-4.trajectory", largest, [name], [trained_alike[name]], name, [task], "SGD, momentum, Adam; 12 steps")
+    scope = {"tasks": [task], "seeds": [0], "made_from": [trained_alike[name]]}
+    judge("AP-4.trajectory", largest, backbones=[name], tag=name, note="SGD, momentum, Adam; 12 steps", **scope)
 for name in SHIPPED:
     beyond = sites[(sites["backbone"] == name) & sites["kind"].isin(["border", "varying", "not found"])]
     note = f"channel prompts at {', '.join(beyond['site'])}, from the closest bias tried"
-    judge("AP-4.unconditional", beyond["relative_difference"].max(), [name], [diagnosed[name]], name, note=note)
+    scope = {"backbones": [name], "made_from": [diagnosed[name]], **images}
+    judge("AP-4.unconditional", beyond["relative_difference"].max(), tag=name, note=note, **scope)
 for case in ("full, LayerNorm output", "full, BatchNorm output"):
     name, smallest = CASES[case][0], gaps[case]["gaps"][0]
     note = (
@@ -377,10 +371,11 @@ for case in ("full, LayerNorm output", "full, BatchNorm output"):
         f"and beta, relative to the features' norm; the best tuning found leaves {smallest['tuning']:.2g}, "
         "an upper bound. That no large tuning comes closer is not shown"
     )
-    judge("AP-4.unconditional", smallest["linear"], [name], [gaps[case]], f"{name}_full", note=note)
+    scope = {"backbones": [name], "made_from": [gaps[case]], **images}
+    judge("AP-4.unconditional", smallest["linear"], tag=f"{name}_full", note=note, **scope)
 
 small = layer_norm[layer_norm["norm"] < 0.05]
 for statistic, column in (("remainder", "first_order"), ("tuning", "tuning")):
     slope = float(np.polyfit(np.log(small["norm"]), np.log(small[column]), 1)[0])
-    judge(f"E-4.{statistic}", slope, ["vit_micro"], [gaps["channel, LayerNorm input"]])
-pd.DataFrame(verdicts)
+    judge(f"E-4.{statistic}", slope, backbones=["vit_micro"], made_from=[gaps["channel, LayerNorm input"]], **images)
+judge.table

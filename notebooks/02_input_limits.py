@@ -325,52 +325,32 @@ with figures.theme(width=1.0, rows=1.35):
 # loss is learned.
 
 # %%
-verdicts = []
-
-
-def judge(claim, estimate, backbone, made_from, tasks=(), note=""):
-    verdict = notebooks.verdict(
-        claim,
-        estimate.value,
-        estimate.interval,
-        suite=suite,
-        backbones=[backbone],
-        tasks=list(tasks),
-        seeds=[0],
-        made_from=made_from,
-        tag=backbone,
-        note=note,
-    )
-    value = f"{estimate.value:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"
-    row = {"claim": claim, "backbone": backbone, "value": value}
-    verdicts.append({**row, "rule": verdict.threshold, "verdict": verdict.verdict})
-
-
-def exact(value):
-    return statistics.Estimate(value=value, low=value, high=value)
-
-
+judge = notebooks.Judge(suite)
 full = residual_table[residual_table["prompt"] == "full"]
 for claim, values in {"residual": full["residual"], "excess": full["residual"] - full["random_residual"]}.items():
     note = "W has full rank here: what is out of reach is the class token"
-    judge(f"V-1.{claim}", statistics.over_tasks(values), "vit_micro", residuals.values(), task_list, note)
+    scope = {"backbones": ["vit_micro"], "tasks": task_list, "seeds": [0], "made_from": residuals.values()}
+    judge(f"V-1.{claim}", statistics.over_tasks(values), tag="vit_micro", note=note, **scope)
 for name, rows in frame_table.groupby("backbone", sort=False):
     made_from = [record for (backbone, _), record in frames.items() if backbone == name]
-    judge("V-2", exact(rows["difference"].max()), name, made_from, ["random images"])
+    scope = {"backbones": [name], "tasks": ["random images"], "seeds": [0], "made_from": made_from}
+    judge("V-2", rows["difference"].max(), tag=name, **scope)
 for name, rows in cost_table.groupby("backbone", sort=False):
     inside = rows[rows["depth"] > 0].iloc[1:]  # without the input and the first block
-    judge("V-3.formula", exact(rows["difference"].max()), name, [costs[name]], ["random images"])
-    judge("V-3.cost", exact(rows["counted"].iloc[0] / inside["counted"].mean()), name, [costs[name]], ["random images"])
+    scope = {"backbones": [name], "tasks": ["random images"], "seeds": [0], "made_from": [costs[name]]}
+    judge("V-3.formula", rows["difference"].max(), tag=name, **scope)
+    judge("V-3.cost", rows["counted"].iloc[0] / inside["counted"].mean(), tag=name, **scope)
 for name, rows in by_task.groupby("backbone", sort=False):
     made_from = [record for (backbone, _), record in measured.items() if backbone == name]
+    scope = {"backbones": [name], "tasks": task_list, "seeds": [0], "made_from": made_from}
     learned = rows[rows["network"] == "trained"]
     for prompt in ("trained", "random"):
         several = learned[learned["prompt"] == prompt].round({"universality": 4}).groupby("task")  # equal where it is 1
         values = [statistics.spearman(part["depth"].to_numpy(), part["universality"].to_numpy()) for _, part in several]
-        judge(f"V-4.{prompt}", statistics.over_tasks(values), name, made_from, task_list)
+        judge(f"V-4.{prompt}", statistics.over_tasks(values), tag=name, **scope)
     last = rows[(rows["depth"] == 1) & (rows["prompt"] == "random")].pivot(
         index="task", columns="network", values="universality"
     )
     difference = last["trained"] - last["shuffled"]
-    judge("V-4.learned", statistics.over_tasks(difference), name, made_from, task_list)
-pd.DataFrame(verdicts)
+    judge("V-4.learned", statistics.over_tasks(difference), tag=name, **scope)
+judge.table

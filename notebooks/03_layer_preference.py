@@ -26,6 +26,7 @@
 # %% tags=["parameters"]
 suite: str = "embedded"  # embedded: minutes, from scratch; small: real images, from a data folder
 study_names: str = ""  # layer studies of the suite, with commas between; all of them if left empty
+num_processes: int = 2  # of one thread each, to compute what is not on record
 
 # %%
 import matplotlib.pyplot as plt
@@ -36,7 +37,8 @@ import seaborn as sns
 from apthory import figures, notebooks, records, statistics, sweeps
 
 studies = sweeps.find_studies(suite, study_names)
-cells = {name: sweeps.fetch_study(study, records.folder(suite)) for name, study in studies.items()}
+with sweeps.processes(num_processes) as pool:
+    cells = {name: sweeps.fetch_study(study, records.folder(suite), pool) for name, study in studies.items()}
 table = pd.concat([sweeps.table(several) for several in cells.values()], ignore_index=True)
 made_from = [record for several in cells.values() for record in several]
 backbones = list(table["backbone"].unique())
@@ -98,7 +100,7 @@ with figures.theme(width=1.0, rows=1.35):
                 ax.fill_between(rows["depth"], rows["low"], rows["high"], color=color, alpha=0.15, lw=0)
         ax.axhline(0, color=figures.COLORS["linear_probe"], lw=0.8, label=figures.LABELS["linear_probe"])
         ax.set(title=backbone, xlabel="depth of the site (0: input, 1: last)")
-        ax.set_ylim(bottom=min(-6.0, lowest - 2))
+    axes[0, 0].set_ylim(bottom=min(-6.0, lowest - 2))  # at the end: it fixes the top of all panels
     axes[0, 0].set_ylabel("accuracy minus\nlinear probe (points)")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
@@ -156,25 +158,14 @@ with figures.theme(width=1.0, rows=1.4):
 # the last table tells what they are without them.
 
 # %%
-verdicts = []
+judge = notebooks.Judge(suite)
 
 
-def judge(claim, estimate, backbone, first, second=None):
-    both = [first] if second is None else [first, second]
-    verdict = notebooks.verdict(
-        claim,
-        estimate.value,
-        estimate.interval,
-        suite=suite,
-        backbones=[backbone],
-        tasks=sorted(set.intersection(*(set(rows["task"]) for rows in both))),
-        seeds=sorted(set.intersection(*(set(rows["seed"]) for rows in both))),
-        made_from=list(pd.concat(both)["key"].unique()),
-        tag=backbone,
-        note=f"sites: {', '.join(both[-1]['site'].unique())}",
-    )
-    row = {"claim": claim, "backbone": backbone, "value": str(estimate)}
-    verdicts.append({**row, "rule": verdict.threshold, "verdict": verdict.verdict})
+def judge_rows(claim, estimate, first, *others):
+    """A verdict on tables of one backbone; of the last one the note tells the sites."""
+    rows = [first, *others]
+    name = first["backbone"].iloc[0]
+    judge(claim, estimate, rows=rows, backbones=[name], tag=name, note=f"sites: {', '.join(rows[-1]['site'].unique())}")
 
 
 for backbone in backbones:
@@ -184,26 +175,26 @@ for backbone in backbones:
 
     if "vp" in methods:
         vp, full = methods["vp"], methods["full"]
-        judge("AP-1.full", statistics.paired_difference(vp, full), backbone, vp, full)
-        judge("AP-1.linear", statistics.paired_difference(vp, probe), backbone, vp, probe)
-        judge("AP-2.sign", statistics.paired_difference(best, vp), backbone, best, vp)
+        judge_rows("AP-1.full", statistics.paired_difference(vp, full), vp, full)
+        judge_rows("AP-1.linear", statistics.paired_difference(vp, probe), vp, probe)
+        judge_rows("AP-2.sign", statistics.paired_difference(best, vp), best, vp)
 
     claim = "AP-5b" if backbone.startswith("vit") else "AP-5a"
     place = ["task", "site", "seed"]
     norm = methods["norm"].merge(ap[place])
     beside = ap.merge(norm[place])
     for name, statistic in (("spearman", statistics.spearman), ("thirds", statistics.deep_minus_shallow)):
-        judge(f"{claim}.{name}", statistics.over_sites(ap, statistic), backbone, ap)
+        judge_rows(f"{claim}.{name}", statistics.over_sites(ap, statistic), ap)
         if norm["site"].nunique() > 2:
-            judge(f"AP-6.{name}", statistics.over_sites(beside, statistic, minus=norm), backbone, beside, norm)
+            judge_rows(f"AP-6.{name}", statistics.over_sites(beside, statistic, minus=norm), beside, norm)
 
-    judge("AP-11", statistics.paired_difference(best, probe), backbone, best, probe)
+    judge_rows("AP-11", statistics.paired_difference(best, probe), best, probe)
     for control in ("site_probe", "random_prompt", "frozen_head"):
         there = methods[control].merge(ap[place])
         difference = statistics.paired_difference(*statistics.matched(ap, there))
-        judge(f"AP-c.{control}", difference, backbone, ap.merge(there[place]), there)
+        judge_rows(f"AP-c.{control}", difference, ap.merge(there[place]), there)
 
-pd.DataFrame(verdicts)
+judge.table
 
 # %%
 without_last = []

@@ -305,26 +305,21 @@ with figures.theme(width=1.0, rows=1.3):
 #   65, the class token, at every depth.
 
 # %%
-verdicts = []
+judge = notebooks.Judge(suite)
 
 
-def judge(claim, estimate, backbone, metric, cited, note=""):
-    own = ap[ap["backbone"] == backbone[0]] if metric is not None else alike[alike["backbone"] == backbone[0]]
-    tag = "-".join([backbone[0], *([metric.replace(" ", "_")] if metric else [])])
-    verdict = notebooks.verdict(
-        claim,
-        estimate.value,
-        estimate.interval,
-        suite=suite,
-        backbones=backbone,
-        tasks=sorted(set(own["task"])),
-        seeds=sorted(set(own["seed"])) if metric else [],
-        made_from=cited,
-        tag=tag,
-        note=note,
-    )
-    row = {"claim": claim, "backbone": " and ".join(backbone), "metric": metric or ""}
-    verdicts.append({**row, "value": str(estimate), "rule": verdict.threshold, "verdict": verdict.verdict})
+def cited(function, **config):
+    """Records of a measurement whose configuration says so; a backbone by its name."""
+
+    def name(value):
+        return value["name"] if isinstance(value, dict) else value
+
+    return [r for r in measured[function] if all(name(r.config[key]) == value for key, value in config.items())]
+
+
+def on_images(several):
+    """Scope of what was measured on a task's images, without training."""
+    return {"tasks": sorted(set(several["task"])), "seeds": []}
 
 
 for (backbone, other), rows in pairs:
@@ -333,10 +328,15 @@ for (backbone, other), rows in pairs:
         deepest = rows[rows["index"] >= num_sites - num_sites // 3]
         likest = deepest.loc[deepest.groupby(["task", "index"])["cka"].idxmax()]
         depth = likest.assign(depth=(likest["other_index"] + 1) / num_others).groupby("task")["depth"].mean()
-        cited = [r for r in measured["measure_similarity"] if r.config["backbone"]["name"] == backbone]
-        cited = [r for r in cited if r.config["other"]["name"] == other]
-        note = f"sites: {', '.join(deepest['site'].unique())}"
-        judge("AP-7a", statistics.over_tasks(depth), [backbone, other], None, cited, note)
+        judge(
+            "AP-7a",
+            statistics.over_tasks(depth),
+            backbones=[backbone, other],
+            made_from=cited("measure_similarity", backbone=backbone, other=other),
+            tag=backbone,
+            note=f"sites: {', '.join(deepest['site'].unique())}",
+            **on_images(rows),
+        )
 
 
 def quarters(rows):
@@ -358,18 +358,22 @@ def quarters(rows):
 
 for backbone, rows in attended[attended["network"] == "trained"].groupby("backbone", sort=False):
     by_task = rows.groupby("task")[["block", "distance", "distance_with_class_token", "patches"]].apply(quarters)
-    cited = [r for r in measured["measure_attention"] if r.config["network"] == "trained"]
+    made_from = cited("measure_attention", network="trained")
     notes = {
         "AP-7b.last_quarter": f"{rows['block'].nunique() // 4} blocks; the correlation of two is the sign of one step",
         "Q-40.effect": "nothing by construction in the last block, if the class token is read out",
     }
     for claim, values in by_task.items():
-        judge(claim, statistics.over_tasks(values), [backbone], None, cited, notes.get(claim, ""))
+        scope = {"backbones": [backbone], "made_from": made_from, **on_images(alike[alike["backbone"] == backbone])}
+        judge(claim, statistics.over_tasks(values), tag=backbone, note=notes.get(claim, ""), **scope)
 
 for (backbone, metric), several in estimates.items():
     if metric in METRICS:
-        cited = [r for r in [*runs, *measured["measure_profile"]] if r.config["backbone"]["name"] == backbone]
-        judge("AP-8.spearman", several["trained"], [backbone], metric, cited)
+        own = [r for r in runs if r.config["backbone"]["name"] == backbone]
+        made_from = [*own, *cited("measure_profile", backbone=backbone)]
+        scope = {"backbones": [backbone], "rows": [ap[ap["backbone"] == backbone]], "made_from": made_from}
+        tag = f"{backbone}-{metric.replace(' ', '_')}"
+        judge("AP-8.spearman", several["trained"], tag=tag, **scope)
         note = "random weights rank the sites in the same way" if several["difference"].interval == (0, 0) else ""
-        judge("AP-8.control", several["difference"], [backbone], metric, cited, note)
-pd.DataFrame(verdicts)
+        judge("AP-8.control", several["difference"], tag=tag, note=note, **scope)
+judge.table

@@ -15,7 +15,7 @@
 
 # %% tags=["parameters"]
 suite: str = "embedded"  # embedded or small: small networks; paper: its shapes, which want a GPU
-batch_size: int = 64  # images in a step
+batch_size: int = 0  # images in a step; 0: 64 for the paper's shapes, else 32
 
 # %%
 import matplotlib.pyplot as plt
@@ -24,6 +24,7 @@ import pandas as pd
 
 from apthory import efficiency, figures, notebooks, records, statistics, training
 
+batch_size = batch_size or (64 if suite == "paper" else 32)
 if suite == "paper":  # the shapes of the paper, with random weights: costs do not depend on them
     specs = [{"name": name, "pretrained": False} for name in ("vit_large_patch16_224", "resnet101")]
 else:
@@ -143,34 +144,22 @@ with figures.theme(width=1.0, rows=2):
 # which side of it the timings fall.
 
 # %%
-verdicts = []
+judge = notebooks.Judge(suite)
 for record in measured:
     backbone = record.config["backbone"]["name"]
     places = record["sites"]
     vp = places[0]
     ap = next(row for row in places if row["site"] == default_site(record))
-    memory = ap["step_bytes"] / vp["step_bytes"]
     # Throughput is images a second: the ratio of AP to VP is that of their times upside down.
     ratios = {
         "AP-3.time": statistics.ratio(ap["step_seconds"], vp["step_seconds"]),
-        "AP-3.memory": statistics.Estimate(value=memory, low=memory, high=memory),
+        "AP-3.memory": ap["step_bytes"] / vp["step_bytes"],
         "AP-3.throughput": statistics.ratio(vp["inference_seconds"], ap["inference_seconds"]),
     }
     if backbone == "resnet101":
         ratios |= {"AP-3.size_time": ratios["AP-3.time"], "AP-3.size_memory": ratios["AP-3.memory"]}
     for claim, estimate in ratios.items():
-        verdict = notebooks.verdict(
-            claim,
-            estimate.value,
-            estimate.interval,
-            suite=suite,
-            backbones=[backbone],
-            tasks=["random images"],
-            seeds=[0],
-            made_from=[record],
-            tag=backbone,
-            note=f"{ap['site']} against the input; {record['device']}",
-        )
-        row = {"claim": claim, "backbone": backbone, "site": ap["site"], "AP / VP": str(estimate)}
-        verdicts.append({**row, "verdict": verdict.verdict})
-pd.DataFrame(verdicts)
+        note = f"{ap['site']} against the input; {record['device']}"
+        scope = {"backbones": [backbone], "tasks": ["random images"], "seeds": [0], "made_from": [record]}
+        judge(claim, estimate, tag=backbone, note=note, **scope)
+judge.table

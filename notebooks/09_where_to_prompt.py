@@ -28,10 +28,10 @@ suite: str = "embedded"  # embedded: under a minute, from scratch; small: real i
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from apthory import figures, notebooks, pixel_study, records, statistics, sweeps, tasks
+from apthory import figures, mask_study, notebooks, pixel_study, pixel_suites, records, statistics, sweeps, tasks
 
 folder = records.folder(suite)
-study = pixel_study.STUDIES[suite]["masks"]
+study = pixel_suites.STUDIES[suite]["masks"]
 table = pixel_study.run_study(study, folder)
 configs = {(names["part"], names["arm"], c["backbone"]["name"], c["task"]): c for names, c in pixel_study.cells(study)}
 
@@ -49,8 +49,9 @@ def again(part, arm, backbone, task, **fields):
 # ## Over the images
 #
 # Images of the embedded tasks, alone and with the prompts that were trained on them: VP and AdaViPro with frames of 30
-# and 60 pixels of 224, and AdaViPro with a frame of 30 that started from zero. Sums are cut off at black and white to
-# be shown; the network sees them whole.
+# and 60 pixels of 224, and AdaViPro with a frame of 30 that started from zero. Beside each row stands the share of the
+# regions in reach of the frame that have the prompt, in its four images. Sums are cut off at black and white to be
+# shown; the network sees them whole.
 
 # %%
 ROWS = {
@@ -60,30 +61,37 @@ ROWS = {
     "adavipro 60": "AdaViPro 60",
     "from zero 30": "from zero 30",
 }
+NUM = 4  # images of each task
 shown = {
     (task, arm): sweeps.fetch(
-        again("shown", arm, "resnet_micro", task, seed=0, num_images=4), folder, pixel_study.draw_prompt
+        again("shown", arm, "resnet_micro", task, seed=0, num_images=NUM), folder, mask_study.draw_prompt
     )
     for task in study["shown"].tasks
     for arm in ROWS
 }
 images = {task: tasks.load(task, 64).test.pixels for task in study["shown"].tasks}
 
-with figures.theme(width=1.0, rows=2.5):
-    columns = [(task, index) for task in images for index in range(4)]
-    figure, axes = plt.subplots(1 + len(ROWS), len(columns))
+with figures.theme(width=1.0, rows=2.4):
+    ratios = [*[1] * NUM, 0.45] * len(images)  # the share of prompted regions stands after a task's images
+    figure, axes = plt.subplots(1 + len(ROWS), len(ratios), width_ratios=ratios)
     drawn = []
-    for column, (task, index) in enumerate(columns):
-        first = shown[task, "vp 30"]
-        raw = images[task][first["images"][index]] / 255
-        axes[0, column].imshow(raw.movedim(0, -1))
-        for row, arm in enumerate(ROWS, start=1):
-            record = shown[task, arm]
-            prompted = (raw + pixel_study.unpack(record)[index]).clamp(0, 1)
-            axes[row, column].imshow(prompted.movedim(0, -1))
-            share = float((pixel_study.unpack(record)[index] != 0).any(0).float().mean())
-            drawn.append({"task": task, "image": first["images"][index], "prompt": arm, "share of pixels": share})
-        axes[0, column].set_title(task if index == 0 else "", loc="left")
+    for start, (task, pixels) in zip(range(0, len(ratios), NUM + 1), images.items(), strict=True):
+        chosen = shown[task, "vp 30"]["images"]
+        raw = pixels[chosen] / 255
+        axes[0, start].set_title(task, loc="left")
+        axes[0, start + NUM].text(0.5, 0.5, "regions\nprompted", ha="center", va="center", fontsize=6)
+        for row, arm in enumerate([None, *ROWS]):
+            seen = raw if arm is None else (raw + mask_study.unpack(shown[task, arm])).clamp(0, 1)
+            for column in range(NUM):
+                axes[row, start + column].imshow(seen[column].movedim(0, -1))
+            if arm is not None:
+                shares = shown[task, arm]["share"]
+                label = f"{100 * sum(shares) / NUM:.0f} %"
+                axes[row, start + NUM].text(0.5, 0.5, label, ha="center", va="center", fontsize=7)
+                drawn += [
+                    {"task": task, "image": image, "prompt": arm, "share of regions": share}
+                    for image, share in zip(chosen, shares, strict=True)
+                ]
     for row, label in enumerate(("image", *ROWS.values())):
         axes[row, 0].set_ylabel(label)
     for ax in axes.flat:
@@ -96,68 +104,66 @@ with figures.theme(width=1.0, rows=2.5):
 #
 # Mean share of regions in which two decisions differ, over pairs of test images and over pairs of seeds; two
 # independent tosses of a coin differ in half of them. Beside it the share of regions that get the prompt: where it is
-# near 0 or 1 there is little left to differ in.
+# near 0 or 1 there is little left to differ in. What is left then are the probabilities behind the decisions: how often
+# a region has the prompt while the generator trains, under its noise. They decide at one half; hollow marks are how far
+# they are apart, and what they are: the median, with a bar from 5 to 95 % of all regions, images and seeds.
 
 # %%
 STARTS = {"adavipro": "start: noise", "from zero": "start: zero"}
-judged = [
-    (arm, backbone["name"], task)
-    for backbone in study["judged"].backbones
-    for arm in STARTS
-    for task in study["judged"].tasks
-]
+judged = [place for place in configs if place[0].startswith("judged")]
 seeds, num_images = [0, 1, 2], {"embedded": 60, "small": 200}[suite]
 measured = [
-    sweeps.fetch(again("judged", *place, seeds=seeds, num_images=num_images), folder, pixel_study.measure_masks)
+    sweeps.fetch(again(*place, seeds=seeds, num_images=num_images), folder, mask_study.measure_masks)
     for place in judged
 ]
 distances = pd.DataFrame(
     {"arm": arm, "backbone": backbone, "task": task, "record": record.key, **record.values}
-    for (arm, backbone, task), record in zip(judged, measured, strict=True)
+    for (_, arm, backbone, task), record in zip(judged, measured, strict=True)
 )
 MEASURES = {"between_images": "between\nimages", "between_seeds": "between\nseeds", "share": "regions\nprompted"}
+for index, name in enumerate(("low", "median", "high")):
+    distances[f"probability_{name}"] = [values[index] for values in distances["probability"]]
+distances = distances.drop(columns="probability")
 groups = list(distances.groupby(["backbone", "arm"], sort=False))
-with figures.theme(width=min(1.0, 0.3 + 0.25 * len(groups)), rows=1.2):
+with figures.theme(width=min(1.0, 0.4 + 0.3 * len(groups)), rows=1.4):
     figure, axes = plt.subplots(1, len(groups), sharey=True, squeeze=False)
     for ax, ((backbone, arm), several) in zip(axes[0], groups, strict=True):
         for index, row in enumerate(several.to_dict("records")):
-            values = [row[name] for name in MEASURES]
-            aside = 0.08 * index - 0.1  # or equal values would hide each other
-            ax.plot([aside, 1 + aside], values[:2], "o-", color=f"C{index}", label=row["task"])
-            ax.plot(2 + aside, values[2], "s", color=f"C{index}")
+            color, aside = f"C{index}", 0.13 * (index - (len(several) - 1) / 2)  # or equal values would hide each other
+            ax.plot([aside, 1 + aside], [row["between_images"], row["between_seeds"]], "o-", color=color)
+            apart = [row["probability_between_images"], row["probability_between_seeds"]]
+            ax.plot([aside, 1 + aside], apart, "o:", color=color, mfc="white")
+            ax.plot(2 + aside, row["share"], "o", color=color)
+            ax.plot([2 + aside] * 2, [row["probability_low"], row["probability_high"]], color=color, lw=0.8)
+            ax.plot(2 + aside, row["probability_median"], "o", color=color, mfc="white")
         ax.axhline(0.5, color="black", lw=0.5, ls=":")
         ax.axvline(1.5, color="black", lw=0.5)
-        ax.set_xticks(range(3), MEASURES.values(), fontsize=6)
-        ax.set(title=f"{backbone}\n{STARTS[arm]}", ylim=(-0.03, 1.03), xlim=(-0.4, 2.5))
-    axes[0, 0].set_ylabel("share of regions")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+        ax.set_xticks(range(3), MEASURES.values())
+        ax.set_yscale("symlog", linthresh=0.01)  # linear below: shares of zero are to be seen
+        ax.set(title=f"{backbone}, {STARTS[arm]}", ylim=(-0.002, 1.3), xlim=(-0.4, 2.5))
+        ax.set_yticks([0, 0.01, 0.1, 0.5, 1], ["0", "0.01", "0.1", "0.5", "1"])
+        ax.minorticks_off()
+    axes[0, 0].set_ylabel("share, or probability")
+    for index, task in enumerate(distances["task"].unique()):
+        axes[0, 0].plot([], [], lw=3, color=f"C{index}", label=task)
+    for face, label in {"black": "decisions", "white": "probabilities"}.items():
+        axes[0, 0].plot([], [], "o", color="black", mfc=face, label=label)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figures.save(figure, "09_distances", measured, distances.drop(columns="record"), suite=suite)
 
 # %% [markdown]
 # ## Judgement
 
 # %%
-verdicts = []
+judge = notebooks.Judge(suite)
 for (backbone, arm), several in groups:
     values = {"ADA-4": (several["between_images"] - several["between_seeds"]).round(9), "Q-60.share": several["share"]}
     tag = backbone if arm == "adavipro" else f"{backbone}-from_zero"
+    scope = {"backbones": [backbone], "tasks": list(several["task"]), "seeds": seeds}
     for claim, by_task in values.items():
         if claim == "Q-60.share" and arm != "adavipro":
             continue  # the claim is about the method as it is published
-        estimate = statistics.over_tasks(by_task)
-        verdict = notebooks.verdict(
-            claim,
-            estimate.value,
-            estimate.interval,
-            suite=suite,
-            backbones=[backbone],
-            tasks=list(several["task"]),
-            seeds=seeds,
-            made_from=list(several["record"]),
-            tag=tag,
-            note=f"{num_images} images, {several['num_regions'].iloc[0]} regions",
-        )
-        value = f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
-        row = {"claim": claim, "of": tag, "value": value, "rule": verdict.threshold}
-        verdicts.append({**row, "verdict": verdict.verdict})
-pd.DataFrame(verdicts)
+        note = f"{num_images} images, {several['num_regions'].iloc[0]} regions"
+        made_from = list(several["record"])
+        judge(claim, statistics.over_tasks(by_task), **scope, made_from=made_from, tag=tag, note=note)
+judge.table

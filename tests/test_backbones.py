@@ -61,6 +61,40 @@ def test_loading_twice_gives_the_same_network(name: str):
     assert backbones.digest(first) == backbones.digest(second)
 
 
+@pytest.mark.parametrize("name", backbones.SHIPPED)
+def test_the_random_twin_is_the_start_of_training_and_the_same_in_every_process(name: str):
+    twin, again = (backbones.load(f"{name}.random", device="cpu") for _ in range(2))
+    classes = backbones.classifier(name, device="cpu").out_features
+    start = backbones.start(name, classes).state_dict()
+    assert all(torch.equal(value, start[key]) for key, value in twin.state_dict().items())
+    assert backbones.digest(twin) == backbones.digest(again) != backbones.digest(backbones.load(name, device="cpu"))
+    assert not any(p.requires_grad for p in twin.parameters())
+    assert backbones.architecture(twin) == name
+    whole = backbones.load(f"{name}.random", num_classes=classes, device="cpu")
+    assert torch.equal(whole.get_classifier().weight, backbones.classifier(f"{name}.random", device="cpu").weight)
+    other = backbones.start(name, classes, seed=1).state_dict()
+    assert not torch.equal(next(iter(other.values())), next(iter(start.values())))
+
+
+@pytest.mark.parametrize("name", backbones.SHIPPED)
+def test_stages_go_from_random_weights_to_the_last_and_can_be_loaded(name: str):
+    first, *_, last = backbones.stages(name)
+    assert (first, last) == (f"{name}.random", name)
+    digests = {backbones.digest(backbones.load(stage, device="cpu")) for stage in backbones.stages(name)}
+    assert len(digests) == len(backbones.stages(name))
+    assert backbones.card(name)["data"]["classes"] == backbones.classifier(name, device="cpu").out_features
+
+
+def test_weights_that_do_not_ship_name_those_that_do():
+    for verb in (backbones.load, backbones.classifier, backbones.card):
+        with pytest.raises(
+            ValueError, match=r"no weights of 'vit_micro.best' ship .* are vit_micro.random, .*vit_micro, "
+        ):
+            verb("vit_micro.best")
+    with pytest.raises(ValueError, match=r"no backbone 'vit_mini.random'"):
+        backbones.load("vit_mini.random")
+
+
 def test_the_micro_backbones_have_the_shape_that_was_promised():
     vit, resnet = (backbones.create(name, 10) for name in backbones.SHIPPED)
     assert (len(vit.blocks), vit.embed_dim, vit.blocks[0].attn.num_heads, vit.patch_embed.patch_size) == (
@@ -181,7 +215,7 @@ def agrees(name: str, num_classes: int, size: int, **spec: object) -> None:
 @pytest.mark.parametrize("name", backbones.SHIPPED)
 def test_shipped_backbones_have_their_source_classifier(name: str):
     before = backbones.digest(backbones.load(name, device="cpu"))
-    agrees(name, 100, 64)
+    agrees(name, backbones.card(name)["data"]["classes"], 64)
     assert backbones.digest(backbones.load(name, device="cpu")) == before
 
 

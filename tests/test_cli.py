@@ -96,6 +96,31 @@ def test_check_passes_only_while_everything_is_current(project):
     assert call("check").exit_code == 1
 
 
+def test_check_of_a_claim_says_what_it_is_and_how_it_was_judged(project):
+    scope = {"suite": "small", "backbones": ["vit_micro"], "tasks": ["digits"], "seeds": [0], "made_from": []}
+    notebooks.verdict("AP-1.full", -2.0, (-3.0, -1.0), tag="vit_micro", note="On one task.", **scope)
+    result = call("check", "AP-1")
+    assert result.exit_code == 0
+    claims = notebooks.claims()
+    lines = result.stdout.splitlines()
+    assert lines[0] == f"AP-1: {claims['AP-1.full'].claim}."
+    assert f"AP-1.full: {claims['AP-1.full'].statistic}, claimed < 0" in lines
+    assert f"AP-1.linear: {claims['AP-1.linear'].statistic}, claimed < 0" in lines
+    judged = next(line for line in lines if line.startswith("AP-1.full@vit_micro"))
+    assert judged.split()[1] == "supported"
+    assert "-2 [-3, -1]" in judged
+    assert lines[lines.index(judged) + 1] == "  On one task."
+    assert next(line for line in lines if line.startswith("AP-1.linear ")).split()[1:3] == ["not", "run"]
+    assert not [line for line in lines if line.startswith("AP-11")]
+    assert "AP-1.full" not in call("check", "AP-1.linear").stdout
+
+
+def test_check_of_an_unknown_name_suggests_claims(project):
+    result = call("check", "AP-5c")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "Error: no claim and no file 'AP-5c'; claims like it: AP-5a, AP-5b, AP-c\n"
+
+
 def test_check_recompute_without_records_fails(project):
     mark_as_run(project / "notebooks" / "01_one.py")
     result = call("check", "--recompute")

@@ -10,10 +10,23 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import apthory
-from apthory import backbones, clip, prompts, sites, tasks, training
+from apthory import (
+    backbones,
+    clip,
+    pixel_study,
+    pixel_suites,
+    prompts,
+    records,
+    sites,
+    studies,
+    sweeps,
+    tasks,
+    training,
+)
 
 open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed; the extra open-clip brings it")
 
@@ -144,7 +157,7 @@ def test_zero_shot_accuracy_is_that_of_clips_own_logits_on_the_test_part():
     assert evaluation.accuracy == pytest.approx(100 * float(evaluation.correct.float().mean()))
     head = model.text_head(task.classes)
     (fit,) = apthory.fit(
-        model.image, task, apthory.LinearProbe(), [apthory.Configuration(seed=3)], recipe, head=head
+        model.image, task, apthory.LinearProbe(), [apthory.Configuration(seed=3)], recipe=recipe, head=head
     )  # a loop that has nothing to train
     assert torch.equal(apthory.evaluate(task, [fit])[0].correct, evaluation.correct)
     with pytest.raises(ValueError, match=r"the head has 2 classes, the task 'tiny' 3"):
@@ -163,7 +176,7 @@ def test_a_prompt_inside_the_image_tower_learns_and_the_tower_does_not(
     before = backbones.digest(model.model)
     method = apthory.ActivationPrompting(site=site, rate=3.0)
     rates = [apthory.Configuration(learning_rate=rate) for rate in (1e-3, 3e-2)]
-    fits = apthory.fit(model.image, task, method, rates, RECIPE, head=head)
+    fits = apthory.fit(model.image, task, method, rates, recipe=RECIPE, head=head)
     assert backbones.digest(model.model) == before
     assert calls == [3]  # one text for each class, for all configurations and epochs
     assert fits[1].train_curve[-1] < 0.9 * fits[1].train_curve[0]
@@ -212,7 +225,9 @@ def test_the_baselines_run_on_the_image_tower(method: object):
     model, task = small(), tiny.task(96)
     head = None if isinstance(method, apthory.LinearProbe) else model.text_head(task.classes)
     before = backbones.digest(model.model)
-    (fit,) = apthory.fit(model.image, task, method, [apthory.Configuration(learning_rate=1e-2)], RECIPE, head=head)
+    (fit,) = apthory.fit(
+        model.image, task, method, [apthory.Configuration(learning_rate=1e-2)], recipe=RECIPE, head=head
+    )
     assert fit.train_curve[-1] < fit.train_curve[0]
     assert backbones.digest(model.model) == before
 
@@ -265,6 +280,18 @@ def test_weights_out_of_reach_say_the_ways_out(monkeypatch: pytest.MonkeyPatch):
         clip.load()
 
 
+def test_a_tag_is_read_from_its_file_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    state = {name: value.contiguous() for name, value in small().model.state_dict().items()}
+    save_file(state, tmp_path / "ViT-B-32.openai.safetensors")
+    monkeypatch.setenv("APTHORY_WEIGHTS", str(tmp_path))
+    model = clip.load("ViT-B-32", "openai", device="cpu", **SMALL)
+    assert backbones.digest(model.model) == backbones.digest(small().model)
+    assert any(isinstance(module, open_clip.transformer.QuickGELU) for module in model.image.modules())
+    mean, std = backbones.mean_std(model.image)
+    assert mean.flatten().tolist() == pytest.approx(open_clip.OPENAI_DATASET_MEAN)
+    assert std.flatten().tolist() == pytest.approx(open_clip.OPENAI_DATASET_STD)
+
+
 def test_unknown_names_and_tags_list_what_there_is():
     with pytest.raises(ValueError, match=r"open_clip has no 'ViT-B-23'; it has .*ViT-B-32"):
         clip.load("ViT-B-23")
@@ -281,3 +308,97 @@ def test_without_open_clip_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(ImportError, match=r"install it by the extra: apthory\[open-clip\]"):
         clip.load()
+
+
+# ------------------------------------------------------------------------------------------ the study
+
+STUDY_RECIPE = apthory.Recipe(
+    num_epochs=2, batch_size=16, num_train=27, num_validation=9, num_test=12, precision="float32"
+)
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> dict:
+    """A backbone of a study's configuration: the small CLIP, in a file of weights."""
+    torch.save(small().model.state_dict(), tmp_path / "small.pt")
+    fields = {"pretrained": str(tmp_path / "small.pt"), "input_size": 32, "device": "cpu"}
+    return {"name": "clip:ViT-B-32", **fields, **SMALL}
+
+
+def test_the_study_runs_end_to_end(spec: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By the command, through records, to the tables that the notebook reads; then again, without computing."""
+    protocol = sweeps.Protocol(recipe=STUDY_RECIPE, learning_rates=(2e-2,), seeds=(0, 1))
+    study = pixel_suites._clip(
+        backbones=(spec,),
+        tasks=("textures",),
+        protocol=protocol,
+        places={spec["name"]: ("transformer.resblocks.1:input",)},
+    )
+    monkeypatch.setitem(pixel_suites.STUDIES["small"], "clip", study)
+    monkeypatch.setenv("APTHORY_ROOT", str(tmp_path))
+    folder, texts = records.folder("small"), []
+    assert pixel_study.recorded(study, folder) is None
+    encode = clip.CLIP.text_features
+    monkeypatch.setattr(
+        clip.CLIP, "text_features", lambda self, several: texts.append(several) or encode(self, several)
+    )
+    studies.command("clip", "small", "", "", 1)
+    assert len(texts) == 1  # the text tower ran once for all cells
+    assert all(text.startswith("This is a photo of a ") for text in texts[0])
+
+    table = pixel_study.recorded(study, folder)
+    assert set(zip(table["arm"], table["head"], table["site"], strict=True)) == {
+        ("zero-shot", "text", ":output"),
+        ("vp", "text", ":input"),
+        ("evp", "text", ":input"),
+        ("ap", "text", "transformer.resblocks.1:input"),
+        ("linear_probe", "linear", ":output"),
+    }
+    assert table[table["arm"] == "ap"]["depth"].tolist() == [0.5, 0.5]  # the second of sites 0 to 4: image, three, end
+    task = tasks.load("textures", 32)
+    expected = small().zero_shot(task, recipe=STUDY_RECIPE).correct.numpy()
+    for correct in table[table["arm"] == "zero-shot"]["correct"]:
+        assert (correct == expected).all()
+    head = small().text_head(task.classes)
+    method = apthory.ActivationPrompting(site="transformer.resblocks.1:input")
+    one = [apthory.Configuration(learning_rate=2e-2, seed=0)]
+    fits = apthory.fit(small().image, task, method, one, recipe=STUDY_RECIPE, head=head)
+    (own,) = apthory.evaluate(task, fits)
+    first = table[(table["arm"] == "ap") & (table["seed"] == 0)]["correct"].iloc[0]
+    assert (first == own.correct.numpy()).all()
+    kept = records.load_all(folder)
+    assert {one.weights for one in kept} == {backbones.digest(small().model)}  # the text tower's too
+    studies.command("clip", "small", "", "", 1)
+    assert {one.key for one in records.load_all(folder)} == {one.key for one in kept}
+
+
+@pytest.mark.parametrize("suite", ["small", "paper"])
+def test_without_weights_the_sweep_says_what_to_download(suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def offline(*args: object, **options: object) -> None:
+        raise RuntimeError("no route to the hub")
+
+    monkeypatch.setattr(open_clip, "create_model", offline)
+    monkeypatch.setenv("APTHORY_ROOT", str(tmp_path))
+    monkeypatch.setenv("APTHORY_WEIGHTS", str(tmp_path))
+    where = "huggingface.co/timm/vit_base_patch32_clip_224.openai to APTHORY_WEIGHTS as ViT-B-32.openai.safetensors"
+    with pytest.raises(OSError, match=f"download its open_clip_model.safetensors from https://{where}"):
+        studies.command("clip", suite, "", "", 1)
+
+
+def test_classes_of_the_studys_tasks_can_be_put_in_words(monkeypatch: pytest.MonkeyPatch):
+    """Where the images are, as two classes of one name or numbers for names would be seen by training alone."""
+    names = {name for suite in ("small", "paper") for name in pixel_suites.STUDIES[suite]["clip"]["methods"].tasks}
+    for name in sorted(names - {"cifar10"}):  # its ten are well known, and its many images take long to read
+        try:
+            classes = tasks.load(name, 32).classes
+        except (ValueError, OSError) as error:
+            pytest.skip(str(error))
+        assert not any(clip.EVP_NAMES.get(one, one).isdigit() for one in classes), name
+        assert len({clip.readable(clip.EVP_NAMES.get(one, one)) for one in classes}) == len(classes), name
+
+
+def test_a_head_in_words_wants_clip():
+    with pytest.raises(
+        ValueError, match=r"'vit_micro' has no text tower; a text head wants CLIP, such as clip:ViT-B-32"
+    ):
+        sweeps.make_head({"template": clip.VP_TEMPLATE}, {"name": "vit_micro"}, ["a", "b"])

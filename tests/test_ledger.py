@@ -5,9 +5,10 @@ import math
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from apthory import figures, notebooks, records
+from apthory import figures, notebooks, records, statistics
 
 # The claims that the study set out to judge, with their numbers of statistics; dropping one fails here.
 STATISTICS = {
@@ -174,6 +175,28 @@ def test_a_verdict_that_makes_no_sense_is_refused_and_leaves_no_file(project, ch
     with pytest.raises(ValueError, match=message):
         judge(**{"claim_id": "AP-11", "value": 0.5, "interval": (0.0, 1.0), **change})
     assert list(project.rglob("*.json")) == []
+
+
+def test_a_notebook_s_judge_reads_the_scope_off_its_tables(project):
+    def rows(tasks, seeds, key):
+        return pd.DataFrame([{"task": task, "seed": seed, "key": key * 64} for task in tasks for seed in seeds])
+
+    judge_it = notebooks.Judge("small")
+    first, second = rows("cab", (2, 0, 1), "a"), rows("bad", (0, 1, 3), "b")
+    estimate = statistics.Estimate(value=0.5, low=0.25, high=0.75)
+    result = judge_it("AP-11", estimate, rows=[first, second], backbones=["vit_micro"], tag="vit_micro", note="Yes.")
+    given = {"tasks": ["a", "b"], "seeds": [0, 1], "made_from": ["a" * 64, "b" * 64]}
+    expected = judge("AP-11", 0.5, (0.25, 0.75), backbones=["vit_micro"], tag="vit_micro", note="Yes.", **given)
+    assert result == expected
+    exact = judge_it("AP-2.sign", 1.0, tasks=["random images"], seeds=[4], made_from=["c" * 64], rows=[first])
+    assert (exact.low, exact.high, exact.tasks, exact.seeds) == (1.0, 1.0, ("random images",), (4,))
+    assert exact.records == ("c" * 12,)
+    assert judge_it.verdicts == [result, exact]
+    assert judge_it.table.to_dict("records") == [
+        {"claim": "AP-11", "of": "vit_micro", "value": "0.5", "interval": "[0.25, 0.75]", "rule": "< 1",
+         "verdict": "supported"},
+        {"claim": "AP-2.sign", "of": "", "value": "1", "interval": "exact", "rule": "> 0", "verdict": "supported"},
+    ]  # fmt: skip
 
 
 def test_the_ledger_lists_every_claim_with_its_verdicts():

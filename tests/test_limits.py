@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from functools import cache, partial
+from functools import partial
 
 import pytest
 import timm
@@ -296,12 +296,6 @@ def test_frames_that_cannot_be_are_refused():
 # ---------------------------------------------------------------------------------------------- V3: cost
 
 
-@pytest.fixture
-def one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trace each backbone once: a trace depends on it alone, and tests of every site would spend their time there."""
-    monkeypatch.setattr(sites, "_Trace", cache(sites._Trace))
-
-
 def steps_at_every_site(model: nn.Module, x: Tensor):
     """For each block site the FLOPs of steps as they run, and what the formula takes."""
     labels, count = torch.zeros(1, len(x), dtype=torch.long), efficiency.count_flops
@@ -316,7 +310,6 @@ def steps_at_every_site(model: nn.Module, x: Tensor):
         yield site, found, {**whole, **late, "head": 2 * len(x) * step.heads.weight.shape[1] * 7}
 
 
-@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("family", [*tiny.FAMILIES, *backbones.SHIPPED])
 def test_counted_flops_of_a_step_are_the_formulas_at_every_block_site(family):
     if family in backbones.SHIPPED:
@@ -329,7 +322,6 @@ def test_counted_flops_of_a_step_are_the_formulas_at_every_block_site(family):
         assert (parts["suffix_attention"] > 0) == has_attention
 
 
-@pytest.mark.usefixtures("one_trace")
 def test_a_fused_kernel_computes_the_scores_once_more():
     if torch.ops.aten._scaled_dot_product_flash_attention_for_cpu not in flop_counter.flop_registry:
         pytest.skip("this torch does not count the CPU's fused attention")

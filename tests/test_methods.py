@@ -1,6 +1,5 @@
 """Claims about methods and heads: what each edit computes, what it can reach, and that a stack keeps apart."""
 
-from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -14,12 +13,6 @@ from apthory.heads import LinearHeads
 from apthory.methods import METHODS, ActivationPrompting, FixedPrompt, FullFineTuning, LinearProbe, NormTuning
 
 SITE = {"vit": "blocks.1:input", "resnet": "layer2.0:input", "swin": "layers.1.blocks.0:input"}
-
-
-@pytest.fixture(autouse=True)
-def _one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trace each backbone once: a trace depends on it alone, and these tests would spend most of their time there."""
-    monkeypatch.setattr(sites, "_Trace", cache(sites._Trace))
 
 
 def start(method: methods.Method, family: str, num: int = 2) -> methods.Body:

@@ -10,7 +10,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from apthory import backbones, methods, pixel_study, pixels, records, sites, studies, sweeps, tasks, training
+from apthory import (
+    backbones,
+    mask_study,
+    methods,
+    pixel_study,
+    pixel_suites,
+    pixels,
+    records,
+    sites,
+    studies,
+    sweeps,
+    tasks,
+    training,
+)
 from apthory.pixel_study import Part
 
 SMALL = {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 32, "input_size": 32}
@@ -49,23 +62,23 @@ def config(spec: dict, method: dict, **fields) -> dict:
 def test_cells_of_the_default_protocol_are_those_of_the_layer_study():
     some = {"backbones": ({"name": "resnet_micro"},), "tasks": ("dtd10",)}
     layer = list(sweeps.cells(replace(sweeps.STUDIES["small"]["S"], **some, norm_every=99, frozen_every=99)))
-    main = replace(pixel_study.STUDIES["small"]["pixels"]["methods"], **some)
+    main = replace(pixel_suites.STUDIES["small"]["pixels"]["methods"], **some)
     for names, cell in pixel_study.cells({"methods": main}):
         assert (cell in layer) == (names["arm"] in ("ap", "linear_probe", "full"))
 
 
 @pytest.mark.parametrize("name", backbones.SHIPPED)
 def test_places_are_all_block_sites_but_the_image(name: str):
-    assert list(pixel_study.PLACES[name]) == sites.list_sites(backbones.create(name))[1:]
+    assert list(pixel_suites.PLACES[name]) == sites.list_sites(backbones.create(name))[1:]
 
 
 def test_places_of_mobilenet_exist():
     model = backbones.create("mobilenetv2_100", pad_type="same")
-    assert set(pixel_study.PLACES["mobilenetv2_100"]) <= set(sites.list_sites(model))
+    assert set(pixel_suites.PLACES["mobilenetv2_100"]) <= set(sites.list_sites(model))
 
 
 def test_lengths_are_scaled_to_the_input_and_the_default_is_one_cell(part: Part):
-    arms = {"evp": pixel_study._wide("evp", 30), "wide": pixel_study._wide("evp", 60, around=False)}
+    arms = {"evp": pixel_suites._wide("evp", 30), "wide": pixel_suites._wide("evp", 60, around=False)}
     arms |= {"regions": {"name": "adavipro", "region": 56}}
     found = [cell["method"] for _, cell in pixel_study.cells({"x": replace(part, arms=arms)})]
     assert found == [
@@ -93,9 +106,9 @@ def test_numbers_of_classes_are_the_tasks(name: str):
     assert pixel_study.NUM_CLASSES[name] == len(tasks.load(name, 32).classes)
 
 
-@pytest.mark.parametrize("suite", pixel_study.STUDIES)
+@pytest.mark.parametrize("suite", pixel_suites.STUDIES)
 def test_every_named_cell_can_be_made(suite: str):
-    for study in pixel_study.STUDIES[suite].values():
+    for study in pixel_suites.STUDIES[suite].values():
         for _, cell in pixel_study.cells(study):
             assert json.loads(json.dumps(cell)) == cell
             sweeps.make(cell["method"])
@@ -105,7 +118,7 @@ def test_every_named_cell_can_be_made(suite: str):
 def test_the_command_knows_these_studies_and_the_layer_studies():
     known = studies.known()
     assert {"S", "mobilenet", "pixels", "pixels-mobilenet", "masks"} <= set(known["small"])
-    assert sweeps.find_studies("small", "pixels", known)["pixels"] is pixel_study.STUDIES["small"]["pixels"]
+    assert sweeps.find_studies("small", "pixels", known)["pixels"] is pixel_suites.STUDIES["small"]["pixels"]
 
 
 # ------------------------------------------------------------------------------------------ a study
@@ -121,7 +134,7 @@ def table(spec: dict, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
         "methods": Part(arms=arms, places=places, **shared),
         "again": Part(arms={"same": {"name": "vp"}}, **shared),
         "mapping": Part(arms={"evp": {"name": "evp"}}, heads={"random": {"how": "random"}}, **shared),
-        "shift": Part(arms={"vp": {"name": "vp"}}, shifts=pixel_study.CORRUPTIONS[::4], **shared),
+        "shift": Part(arms={"vp": {"name": "vp"}}, shifts=pixel_suites.CORRUPTIONS[::4], **shared),
     }
     return pixel_study.run_study(study, folder)
 
@@ -136,6 +149,36 @@ def test_an_arm_at_each_site_has_rows_for_each(table: pd.DataFrame):
     ap = table[table["arm"] == "ap"]
     assert ap.groupby("site")["seed"].apply(list).to_dict() == {"blocks.0:input": [0, 1], "blocks.1:input": [0, 1]}
     assert set(table[table["arm"] == "vp"]["site"]) == {":input"}
+
+
+def test_a_cell_with_shifts_is_the_plain_cell_too(spec: dict, tmp_path: Path):
+    shared = {"backbones": (spec,), "tasks": ("textures",), "protocol": PROTOCOL}
+    vp = {"vp": {"name": "vp"}}
+    study = {
+        "methods": Part(arms=vp, **shared),
+        "corruptions": Part(arms=vp, shifts=pixel_suites.CORRUPTIONS[:2], **shared),
+    }
+    table = pixel_study.run_study(study, tmp_path)
+    assert len(list(tmp_path.glob("*.json"))) == 1
+    assert table.groupby("part")["shift"].apply(set).to_dict() == {
+        "methods": {""},
+        "corruptions": {"", "noise 0.05", "noise 0.1"},
+    }
+
+
+def test_a_method_as_it_comes_is_the_cell_of_another_part_and_gives_the_seeds_asked_for(spec: dict, tmp_path: Path):
+    shared = {"backbones": (spec,), "tasks": ("textures",)}
+    fewer = replace(PROTOCOL, seeds=(0,))
+    study = {
+        "methods": Part(arms={"vp": {"name": "vp"}}, protocol=PROTOCOL, **shared),
+        "side": Part(arms={"vp": {"name": "vp"}}, protocol=fewer, usual=PROTOCOL, **shared),
+    }
+    assert pixel_study.recorded(study, tmp_path) is None
+    table = pixel_study.run_study(study, tmp_path)
+    assert table.groupby("part")["seed"].apply(list).to_dict() == {"methods": [0, 1], "side": [0]}
+    assert table["key"].nunique() == 1
+    assert pixel_study.recorded(study, tmp_path).drop(columns="correct").equals(table.drop(columns="correct"))
+    assert pixel_study.recorded({}, tmp_path) is None
 
 
 def test_the_choice_is_by_mean_validation_accuracy(table: pd.DataFrame):
@@ -196,7 +239,7 @@ def test_a_domain_is_trained_on_alone_and_another_tested(spec: dict, monkeypatch
     (shift,) = values["shifts"]
     assert shift["domain"] == "dark"
     model = backbones.load(**spec)
-    (fit,) = training.tune(model, whole, methods.LinearProbe(), RECIPE, [2e-2], [0])
+    (fit,) = training.tune(model, whole, methods.LinearProbe(), recipe=RECIPE, learning_rates=[2e-2], seeds=[0])
     (plain,) = training.evaluate(load("", 32, "dark"), [fit])
     assert shift["accuracy"] == [plain.accuracy]
 
@@ -205,16 +248,17 @@ def test_a_domain_is_trained_on_alone_and_another_tested(spec: dict, monkeypatch
 
 
 def test_distances_are_means_over_all_pairs():
-    masks = torch.rand(3, 5, 7, generator=torch.Generator().manual_seed(0)) < 0.3
-    pairs = [(group[i] != group[j]).double().mean() for group in masks for i in range(5) for j in range(i)]
-    assert pixel_study.mean_hamming(masks) == pytest.approx(float(torch.stack(pairs).mean()))
+    values = torch.rand(3, 5, 7, generator=torch.Generator().manual_seed(0))
+    for several in (values, (values < 0.3).float()):
+        pairs = [(group[i] - group[j]).abs().double().mean() for group in several for i in range(5) for j in range(i)]
+        assert mask_study.mean_distance(several) == pytest.approx(float(torch.stack(pairs).mean()))
     with pytest.raises(ValueError, match="at least two"):
-        pixel_study.mean_hamming(masks[:, :1])
+        mask_study.mean_distance(values[:, :1])
 
 
 def test_only_regions_that_the_frame_touches_count():
     layout = pixels.Layout(size=32, mean=(0.5,) * 3, std=(0.5,) * 3, width=5, region=4)
-    touched = pixel_study.touched(layout)
+    touched = mask_study.touched(layout)
     assert touched.sum() == 64 - 16  # a frame of 5 pixels reaches into the second ring of regions
     assert not touched[2:-2, 2:-2].any()
 
@@ -228,26 +272,33 @@ def drawn(spec: dict) -> tuple[dict, dict]:
 
 def test_a_drawn_prompt_is_the_trained_one(drawn: tuple[dict, dict], spec: dict, tmp_path: Path):
     _, again = drawn
-    record = records.fetch(pixel_study.draw_prompt, {**again, "seed": 0, "num_images": 3}, folder=tmp_path)
+    record = records.fetch(mask_study.draw_prompt, {**again, "seed": 0, "num_images": 3}, folder=tmp_path)
     model, task = backbones.load(**spec), tasks.load("textures", 32)
-    (fit,) = training.fit(model, task, methods.AdaViPro(width=5), [training.Configuration(learning_rate=2e-2)], RECIPE)
+    (fit,) = training.fit(
+        model, task, methods.AdaViPro(width=5), [training.Configuration(learning_rate=2e-2)], recipe=RECIPE
+    )
     x = training.normalized(model, task.test, fit.split.test[:3])
     _, std = backbones.mean_std(model)
     expected = (fit.prompt(x) - x) * std
     assert record["images"] == fit.split.test[:3].tolist()
-    assert torch.allclose(pixel_study.unpack(record), expected, atol=0.51 / 255)
+    assert torch.allclose(mask_study.unpack(record), expected, atol=0.51 / 255)
+    shown = fit.prompt.regions(x)[:, mask_study.touched(fit.prompt.layout)]
+    assert record["share"] == pytest.approx(shown.mean(1).tolist())
 
 
 def test_measured_masks_are_those_of_the_fits(drawn: tuple[dict, dict], spec: dict):
     _, again = drawn
-    values = pixel_study.measure_masks(**again, seeds=[0, 1], num_images=6)
+    values = mask_study.measure_masks(**again, seeds=[0, 1], num_images=6)
     model, task = backbones.load(**spec), tasks.load("textures", 32)
     bundle = [training.Configuration(learning_rate=2e-2, seed=seed) for seed in (0, 1)]
-    fits = training.fit(model, task, methods.AdaViPro(width=5), bundle, RECIPE)
+    fits = training.fit(model, task, methods.AdaViPro(width=5), bundle, recipe=RECIPE)
     x = training.normalized(model, task.test, fits[0].split.test[:6])
     masks = torch.stack([fit.prompt.regions(x) for fit in fits])
-    counts = pixel_study.touched(fits[0].prompt.layout)
+    counts = mask_study.touched(fits[0].prompt.layout)
     assert values["share"] == pytest.approx(float(masks[..., counts].mean()))
     assert values["num_regions"] == int(counts.sum())
     apart = (masks[0] != masks[1])[..., counts].double().mean()
     assert values["between_seeds"] == pytest.approx(float(apart))
+    chances = torch.stack([fit.prompt.probabilities(x)[:, counts] for fit in fits])
+    assert values["probability_between_seeds"] == pytest.approx(float((chances[0] - chances[1]).abs().mean()), abs=1e-6)
+    assert values["probability"][1] == pytest.approx(float(chances.flatten().quantile(0.5)))

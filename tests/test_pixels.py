@@ -319,7 +319,7 @@ def test_the_bundled_loop_is_the_papers_own(
         return validate(self)
 
     monkeypatch.setattr(training.Bundle, "validate", spy)
-    fits = training.fit(backbone, task, method, BUNDLE, recipe)
+    fits = training.fit(backbone, task, method, BUNDLE, recipe=recipe)
     body = method.build(backbone, 2)
     body.start([c.seed for c in BUNDLE])
     for k, (fit, end, configuration) in enumerate(zip(fits, ends, BUNDLE, strict=True)):
@@ -360,9 +360,9 @@ def test_the_papers_rate_is_the_same_step_at_any_size():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_bundle_gives_each_configuration_the_result_it_gets_alone(name: str, task: tasks.Task):
-    together = training.fit(tiny.backbone("resnet"), task, METHODS[name], BUNDLE, RECIPE)
+    together = training.fit(tiny.backbone("resnet"), task, METHODS[name], BUNDLE, recipe=RECIPE)
     for configuration, fit in zip(BUNDLE, together, strict=True):
-        (alone,) = training.fit(tiny.backbone("resnet"), task, METHODS[name], [configuration], RECIPE)
+        (alone,) = training.fit(tiny.backbone("resnet"), task, METHODS[name], [configuration], recipe=RECIPE)
         assert fit.train_curve == pytest.approx(alone.train_curve, rel=1e-3)
         assert fit.epoch == alone.epoch
         torch.testing.assert_close(fit.state, alone.state, rtol=5e-3, atol=5e-4)
@@ -371,11 +371,11 @@ def test_a_bundle_gives_each_configuration_the_result_it_gets_alone(name: str, t
 
 def test_the_same_seed_gives_the_same_bits_whatever_the_state_of_the_process(task: tasks.Task):
     for method in (METHODS["evp randaugment"], METHODS["adavipro"], METHODS["random patch"]):
-        (one,) = training.fit(tiny.backbone("vit"), task, method, BUNDLE[:1], RECIPE)
+        (one,) = training.fit(tiny.backbone("vit"), task, method, BUNDLE[:1], recipe=RECIPE)
         with torch.random.fork_rng():
             torch.manual_seed(99)
             before = torch.get_rng_state()
-            (other,) = training.fit(tiny.backbone("vit"), task, method, BUNDLE[:1], RECIPE)
+            (other,) = training.fit(tiny.backbone("vit"), task, method, BUNDLE[:1], recipe=RECIPE)
             assert torch.equal(torch.get_rng_state(), before)
         assert one.train_curve == other.train_curve
         assert all(torch.equal(value, other.state[name]) for name, value in one.state.items())
@@ -383,7 +383,7 @@ def test_the_same_seed_gives_the_same_bits_whatever_the_state_of_the_process(tas
 
 def test_the_cache_holds_shrunk_images_and_changes_nothing(task: tasks.Task):
     cached, plain = (
-        training.fit(tiny.backbone("vit"), task, EVP(), BUNDLE[:1], replace(RECIPE, cache=cache))[0]
+        training.fit(tiny.backbone("vit"), task, EVP(), BUNDLE[:1], recipe=replace(RECIPE, cache=cache))[0]
         for cache in (True, False)
     )
     assert cached.cache_bytes == 52 * 3 * 24 * 24 * 4
@@ -393,9 +393,11 @@ def test_the_cache_holds_shrunk_images_and_changes_nothing(task: tasks.Task):
 
 def test_a_cache_of_another_width_is_refused(task: tasks.Task):
     cache = training.PrefixCache()
-    training.fit(tiny.backbone("vit"), task, EVP(), BUNDLE[:1], replace(RECIPE, num_epochs=1), cache=cache)
+    training.fit(tiny.backbone("vit"), task, EVP(), BUNDLE[:1], recipe=replace(RECIPE, num_epochs=1), cache=cache)
     with pytest.raises(ValueError, match="results of another prefix"):
-        training.fit(tiny.backbone("vit"), task, EVP(width=8), BUNDLE[:1], replace(RECIPE, num_epochs=1), cache=cache)
+        training.fit(
+            tiny.backbone("vit"), task, EVP(width=8), BUNDLE[:1], recipe=replace(RECIPE, num_epochs=1), cache=cache
+        )
 
 
 def test_prompt_and_mask_generator_learn_at_their_own_rates():
@@ -411,7 +413,7 @@ def test_prompt_and_mask_generator_learn_at_their_own_rates():
 
 def test_mask_generators_are_trained(task: tasks.Task):
     method = AdaViPro(dim=4)
-    (fit,) = training.fit(tiny.backbone("resnet"), task, method, BUNDLE[:1], replace(RECIPE, num_epochs=2))
+    (fit,) = training.fit(tiny.backbone("resnet"), task, method, BUNDLE[:1], recipe=replace(RECIPE, num_epochs=2))
     body = method.build(tiny.backbone("resnet"), 1)
     body.start([BUNDLE[0].seed])
     for name, value in body.edits["prompt"].named_parameters():
@@ -527,6 +529,61 @@ def test_masks_come_from_edges_or_without_them_from_the_grey_image():
     assert sum(p.numel() for p in edges.parameters()) == sum(p.numel() for p in grey.parameters())
 
 
+def seeing(threshold: float) -> PixelPrompt:
+    """AdaViPro that prompts a region iff its Laplacian, where positive, adds up to more than a threshold; by hand."""
+    prompt = PixelPrompt(filled(layout(32, 16, region=8, dim=1)))
+    with torch.no_grad():
+        for parameter in prompt.overlay.masks.parameters():
+            parameter.zero_()
+        prompt.overlay.masks.gather_weight[0, 0, 0, 1, 1] = 1.0  # edges as they are
+        prompt.overlay.masks.decide_weight[0, 1] = 1.0
+        prompt.overlay.masks.decide_bias[0, 0] = threshold
+    return prompt
+
+
+@torch.no_grad()
+def test_masks_depend_on_the_image_and_follow_the_logits():
+    """A dot has a Laplacian of -4 in its place and of 1 in its four neighbours', all of one region here."""
+    x = torch.zeros(3, 3, 32, 32)
+    x[0, :, 4, 4], x[1, :, 4, 20], x[2, :, 28, 12] = 1.0, 1.0, 0.5
+    prompt = seeing(3.0)
+    logits = prompt.overlay.logits(x)[0]
+    assert torch.equal(logits[:, 0], torch.full((3, 4, 4), 3.0))
+    found = {k: chosen.nonzero().tolist() for k, chosen in enumerate(prompt.regions(x))}
+    assert found == {0: [[0, 0]], 1: [[0, 2]], 2: []}  # the fainter dot has 2 of 3
+    assert seeing(1.0).regions(x)[2].nonzero().tolist() == [[3, 1]]
+    assert torch.equal(prompt.regions(x), (logits[:, 1] > logits[:, 0]).float())
+    torch.testing.assert_close(prompt.probabilities(x), (logits[:, 1] - logits[:, 0]).sigmoid())
+    swapped = prompt.overlay.masks.decide_weight.flip(1), prompt.overlay.masks.decide_bias.flip(1)
+    for own, other in zip(list(prompt.overlay.masks.parameters())[2:], swapped, strict=True):
+        own.copy_(other)
+    assert torch.equal(prompt.regions(x), (logits[:, 1] < logits[:, 0]).float())
+
+
+@torch.no_grad()
+def test_mask_generators_decide_the_same_however_images_are_chunked(monkeypatch: pytest.MonkeyPatch):
+    overlay, x = filled(layout(32, 10, region=8, dim=4), 2), images(10)
+    whole = overlay.logits(x)
+    monkeypatch.setattr(regions, "_CHUNK", 2 * 4 * 32 * 32 * 2)  # two images of each configuration
+    torch.testing.assert_close(overlay.logits(x), whole)
+    monkeypatch.setattr(regions, "_CHUNK", 1)
+    torch.testing.assert_close(overlay.logits(x), whole)
+
+
+@torch.no_grad()
+def test_the_norm_of_a_prompt_is_that_of_what_is_added():
+    """Two images with the prompt in one region and one without any: the mean of its norm there, there, and zero."""
+    x = torch.zeros(3, 3, 32, 32)
+    x[0, :, 4, 4], x[1, :, 4, 20], x[2, :, 28, 12] = 1.0, 1.0, 0.5
+    prompt = seeing(3.0)
+    norms = [float(prompt.delta[:, :8, left : left + 8].norm()) for left in (0, 16)]
+    assert prompt.overlay.added_norm(x).tolist() == pytest.approx([sum(norms) / 3])
+    size = float(x.flatten(1).norm(dim=1).mean())
+    assert prompt.relative_norm(x) == pytest.approx(sum(norms) / 3 / size)
+    added = (prompt(x) - x).flatten(1).norm(dim=1).mean()
+    assert prompt.overlay.added_norm(x).tolist() == pytest.approx([float(added)], rel=1e-5)
+
+
 def test_the_temperature_falls_by_epoch_down_to_the_floor():
     overlay = Overlay(layout(region=8))
     seen = []
@@ -608,7 +665,8 @@ def test_nothing_is_random_outside_of_training_steps(name: str):
 @pytest.fixture(scope="module")
 def fits(task: tasks.Task) -> dict[str, list[Fit]]:
     return {
-        name: training.fit(tiny.backbone("resnet"), task, method, BUNDLE, RECIPE) for name, method in METHODS.items()
+        name: training.fit(tiny.backbone("resnet"), task, method, BUNDLE, recipe=RECIPE)
+        for name, method in METHODS.items()
     }
 
 
@@ -641,10 +699,16 @@ def test_a_model_changes_no_weight_of_its_backbone(fits: dict[str, list[Fit]]):
 
 def test_norms_are_in_the_units_of_normalized_images(fits: dict[str, list[Fit]], task: tasks.Task):
     backbone = tiny.backbone("resnet")
-    for name in ("vp", "evp", "adavipro", "vp before normalization"):
+    for name in ("vp", "evp", "vp before normalization"):
         fit = fits[name][0]
         x = reference.normalized(backbone, task.train, fit.split.train)
         assert fit.prompt_norm == pytest.approx(float(fit.prompt.delta.norm()), rel=1e-5)
+        assert fit.relative_norm == pytest.approx(fit.prompt.relative_norm(x), rel=1e-3)
+    for fit in fits["adavipro"]:
+        x = reference.normalized(backbone, task.train, fit.split.train)
+        with torch.no_grad():
+            added = (fit.prompt(x) - x).flatten(1).norm(dim=1)
+        assert fit.prompt_norm == pytest.approx(float(added.mean()), rel=1e-3, abs=1e-5)
         assert fit.relative_norm == pytest.approx(fit.prompt.relative_norm(x), rel=1e-3)
 
 

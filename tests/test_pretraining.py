@@ -1,5 +1,6 @@
 """Pretraining: exact resume, refusals, the moving average, augmentation, the exported file."""
 
+import hashlib
 import inspect
 import json
 import os
@@ -16,8 +17,8 @@ import typer
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from apthory import backbones, pretraining, records
-from apthory.pretraining import Config, crop_and_flip, export, pretrain
+from apthory import backbones, determinism, pretraining, records, tasks
+from apthory.pretraining import Config, cards, crop_and_flip, export, exports, pretrain, run, ship
 from apthory.tasks import Images, Task
 
 
@@ -101,7 +102,7 @@ def die_while_writing_epoch_2(folder: str, threads: int) -> None:
 def test_a_killed_and_resumed_run_gives_the_bits_of_an_uninterrupted_one(task, finished, tmp_path):
     arguments = f"{str(tmp_path)!r}, {torch.get_num_threads()}"
     code = f"import test_pretraining; test_pretraining.die_while_writing_epoch_2({arguments})"
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(pretraining.__file__).parents[1])])
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(pretraining.__file__).parents[2])])
     environment = {**os.environ, "PYTHONPATH": paths}
     done = subprocess.run([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
@@ -143,8 +144,8 @@ def test_ctrl_c_names_the_checkpoint_and_the_command_ends_with_130(task, finishe
         if len(looks) == 2:  # once an epoch
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(pretraining.tasks, "load", lambda *_: task)
-    monkeypatch.setattr(pretraining._Run, "_require_finite", interrupt)
+    monkeypatch.setattr(tasks, "load", lambda *_: task)
+    monkeypatch.setattr(run.Run, "_require_finite", interrupt)
     app = typer.Typer()
     app.command()(pretraining.command)
     skipped = ("data", "backbone")
@@ -157,7 +158,7 @@ def test_ctrl_c_names_the_checkpoint_and_the_command_ends_with_130(task, finishe
     assert str(tmp_path / "checkpoints/epoch-0001.pt") in stopped.output
 
     monkeypatch.undo()
-    monkeypatch.setattr(pretraining.tasks, "load", lambda *_: task)
+    monkeypatch.setattr(tasks, "load", lambda *_: task)
     resumed = CliRunner().invoke(app, call)
     assert resumed.exit_code == 0, resumed.output
     assert_same_run(tmp_path, finished, 2)
@@ -255,11 +256,42 @@ def test_the_model_card_tells_what_was_done_and_the_random_start_is_exported_unt
 
     start = json.loads((finished / "test_vit.epoch-0000.json").read_text())
     assert (start["epochs"], start["curve"]) == (0, [])
+    assert "Not recorded." in (finished / "test_vit.epoch-0000.md").read_text()
+    random = backbones.start("test_vit", 4, img_size=32).state_dict()
+    assert all(torch.equal(value, random[name]) for name, value in read(finished, 0)["model"].items())
     weights = safetensors.torch.load_file(finished / "test_vit.epoch-0000.safetensors")
     trained = safetensors.torch.load_file(finished / "test_vit.safetensors")
     assert not torch.equal(weights["head.weight"], trained["head.weight"])
     assert "img_size" not in card["recipe"]
     assert len(trained["pos_embed"][0]) == 1 + (32 // 16) ** 2
+
+
+def test_a_run_may_begin_with_the_average_of_another_and_its_card_tells_of_both(task, finished, tmp_path):
+    first = finished / "checkpoints/epoch-0002.pt"
+    gentle = small_config(epochs=1, warmup_epochs=0.0, randaugment=None, mixup=0.0)
+    weights = pretrain(gentle, tmp_path / "second", task=task, after=first, keep=[0])
+    begun = read(tmp_path / "second", 0)
+    assert_same_bits(begun["model"], read(finished, 2)["ema"])
+    card = cards.read(weights)
+    assert (card["epochs"], len(card["curve"]), card["recipe"]) == (1, 1, gentle.recipe)
+    assert [point["epoch"] for point in cards.curve(card)] == [1, 2, 3]
+    assert cards.num_epochs(card) == 3
+    [before] = card["before"]
+    assert (before["epoch"], before["recipe"]) == (2, small_config().recipe)
+    assert before["sha256"] == hashlib.sha256(first.read_bytes()).hexdigest()
+    text = weights.with_suffix(".md").read_text()
+    assert "after\n1 of 1 epochs from the weights of an earlier run (2 epochs, below)" in text
+    assert "## The run before: 2 epochs" in text
+
+    assert pretrain(gentle, tmp_path / "second", task=task, after=first) == weights  # resumes: nothing to do
+    with pytest.raises(ValueError, match=r"with after='\w{64}', not after=None; take another output folder"):
+        pretrain(gentle, tmp_path / "second", task=task)
+    third = pretrain(gentle, tmp_path / "third", task=task, after=tmp_path / "second/checkpoints/epoch-0001.pt")
+    assert [run["epoch"] for run in cards.read(third)["before"]] == [2, 1]
+    for wrong in ({"backbone": "test_resnet"}, {"seed": 1}):
+        with pytest.raises(ValueError, match=r"epoch-0002.pt is of 'test_vit' on images \w{8}, split \w{8}; to begin"):
+            pretrain(small_config(**wrong), tmp_path / "other", task=task, after=first)
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(
@@ -290,38 +322,38 @@ def test_unknown_backbones_classes_and_devices_are_refused(task, tmp_path):
 
 
 def test_the_first_classes_of_a_task_are_all_that_a_limited_run_sees(task):
-    limited = pretraining._first_classes(task, 3)
+    limited = exports.first_classes(task, 3)
     assert limited.classes == ("red", "green", "blue")
     assert limited.train.labels.unique().tolist() == [0, 1, 2]
     assert torch.equal(limited.test.pixels, task.test.pixels[task.test.labels < 3])
 
 
 def test_the_average_follows_its_formula(task, monkeypatch):
-    run = pretraining._Run(small_config(ema_decay=0.7, precision="float32", randaugment=None), task)
-    weights, update = [], run.ema.update
+    one = run.Run(small_config(ema_decay=0.7, precision="float32", randaugment=None), task)
+    weights, update = [], one.ema.update
 
     def watched_update(model: torch.nn.Module, step: int) -> None:
         weights.append(model.head.weight.detach().double())
         update(model, step)
 
-    monkeypatch.setattr(run.ema, "update", watched_update)
-    run.train_epoch()
-    run.train_epoch()
+    monkeypatch.setattr(one.ema, "update", watched_update)
+    one.train_epoch()
+    one.train_epoch()
 
     average = weights[0]
     for n, weight in enumerate(weights[1:], start=2):
         keep = min(0.7, 1 - n ** (-2 / 3))  # the limit is reached within the second epoch
         average = keep * average + (1 - keep) * weight
     assert len(weights) == 8
-    torch.testing.assert_close(run.ema.module.head.weight.detach().double(), average, rtol=0, atol=1e-7)
+    torch.testing.assert_close(one.ema.module.head.weight.detach().double(), average, rtol=0, atol=1e-7)
 
 
 def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine_over_all_steps(task, monkeypatch):
-    run, rates = pretraining._Run(small_config(epochs=3, warmup_epochs=1.0), task), []
-    groups = run.optimizer.param_groups
-    monkeypatch.setattr(run.ema, "update", lambda *_, **__: rates.append(groups[0]["lr"]))
+    one, rates = run.Run(small_config(epochs=3, warmup_epochs=1.0), task), []
+    groups = one.optimizer.param_groups
+    monkeypatch.setattr(one.ema, "update", lambda *_, **__: rates.append(groups[0]["lr"]))
     for _ in range(3):
-        run.train_epoch()
+        one.train_epoch()
     warm = torch.arange(1, 5, dtype=torch.float64) / 4  # the peak is step 4, the cosine ends behind step 12
     cosine = (1 + torch.cos(torch.pi * torch.arange(1, 9, dtype=torch.float64) / 9)) / 2
     torch.testing.assert_close(torch.tensor(rates, dtype=torch.float64), 1e-3 * torch.cat([warm, cosine]))
@@ -366,6 +398,131 @@ def test_epochs_and_seeds_draw_from_streams_of_their_own():
     draws = {}
     for seed in range(3):
         for epoch in range(3):
-            with pretraining._random_stream(seed, epoch, torch.device("cpu")) as generator:
+            with determinism.random_stream(seed, epoch, torch.device("cpu")) as generator:
                 draws[seed, epoch] = (torch.rand(1).item(), torch.rand(1, generator=generator).item())
     assert len({value for pair in draws.values() for value in pair}) == 18
+
+
+# ------------------------------------------------------------------------------------------ what ships
+
+
+def shipped_files() -> list[Path]:
+    return sorted(backbones.shipped_folder().glob("*.safetensors"))
+
+
+def test_every_shipped_backbone_has_weights_and_epochs_take_little_room():
+    assert {path.stem for path in shipped_files() if "." not in path.stem} == set(backbones.SHIPPED)
+    assert sum(path.stat().st_size for path in shipped_files() if "." in path.stem) <= cards.MAX_STAGES
+    endings = {path.name for path in backbones.shipped_folder().iterdir()}
+    assert endings == {
+        f"{path.stem}{ending}" for path in shipped_files() for ending in (".safetensors", ".json", ".md")
+    }
+
+
+@pytest.mark.parametrize("path", shipped_files(), ids=lambda path: path.stem)
+def test_a_shipped_file_is_what_its_card_says_and_the_text_is_made_from_the_json(path):
+    assert cards.problems(path) == []
+    card = cards.read(path)
+    assert path.with_suffix(".md").read_text() == cards.text(card)
+    assert "non-commercial" in card["note"]
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_shipped_files_reach_the_top1_of_their_cards():
+    whole = tasks.load("tiny_imagenet", 64)
+    for path in shipped_files():
+        card = cards.read(path)
+        task = exports.first_classes(whole, card["data"]["classes"])
+        assert (task.digest, len(task.test)) == (card["data"]["digest"], card["test"]["images"])
+        model = backbones.load(path.stem, num_classes=len(task.classes), device="cpu")
+        _, top1 = exports.evaluate(model, task.test, torch.arange(len(task.test)))
+        assert top1 == pytest.approx(card["test"]["top1"], abs=2 / len(task.test))
+
+
+@pytest.fixture
+def exported(tmp_path) -> Path:
+    """Exports as a run leaves them, of random weights: the last of both backbones, and two epochs of each."""
+    for name in backbones.SHIPPED:
+        for stem, epochs in ((name, 30), (f"{name}.epoch-0002", 2), (f"{name}.epoch-0008", 8)):
+            model = backbones.start(name, 7, seed=epochs)
+            content = safetensors.torch.save({k: exports._half(k, v) for k, v in model.state_dict().items()})
+            card = {
+                "backbone": name,
+                "file": {
+                    "name": f"{stem}.safetensors",
+                    "sha256": hashlib.sha256(content).hexdigest(),
+                    "weights": "ema",
+                },
+                "parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "epochs": epochs,
+                "test": {"top1": 0.5, "loss": 2.0, "images": 10},
+                "note": "For tests.",
+                "data": {"name": "colours", "classes": 7},
+                "recipe": {"size": 64, "epochs": 30, "seed": 0},
+                "hours": 1.5,
+                "environment": {"gpu": None},
+                "curve": [{"epoch": 1, "loss": 2.5}],
+            }
+            (tmp_path / f"{stem}.safetensors").write_bytes(content)
+            cards.write(card, tmp_path / f"{stem}.safetensors")
+    return tmp_path
+
+
+def change(weights: Path, **changes: object) -> None:
+    """Another card, as JSON alone."""
+    weights.with_suffix(".json").write_text(json.dumps(cards.read(weights) | changes))
+
+
+def test_shipping_replaces_all_of_a_backbone_and_leaves_the_others(exported, tmp_path, monkeypatch):
+    folder = tmp_path / "shipped"
+    last, early, later = (exported / f"vit_micro{tag}.safetensors" for tag in ("", ".epoch-0002", ".epoch-0008"))
+    ship([last, early, exported / "resnet_micro.safetensors"], folder)
+    last.with_suffix(".md").unlink()  # exported by another version: the text is made anew
+    assert ship([last, later], folder) == [folder / last.name, folder / later.name]
+    stems = {path.name.removesuffix(path.suffix) for path in folder.iterdir()}
+    assert stems == {"vit_micro", "vit_micro.epoch-0008", "resnet_micro"}
+    assert len(list(folder.iterdir())) == 9
+    assert (folder / last.name).read_bytes() == last.read_bytes()
+    assert (folder / "vit_micro.md").read_text() == cards.text(cards.read(last))
+
+    monkeypatch.setattr(backbones, "shipped_folder", lambda: folder)
+    assert backbones.stages("vit_micro") == ("vit_micro.random", "vit_micro.epoch-0008", "vit_micro")
+    assert backbones.card("vit_micro.epoch-0008")["epochs"] == 8
+    model = backbones.load("vit_micro.epoch-0008", device="cpu")
+    assert torch.equal(model.norm.bias, safetensors.torch.load_file(later)["norm.bias"].float())
+    assert backbones.architecture(model) == "vit_micro"
+    assert backbones.classifier("vit_micro.epoch-0008", device="cpu").out_features == 7
+
+
+def test_what_may_not_ship_is_refused_and_nothing_is_written(exported, tmp_path):
+    last, early, late = (exported / f"vit_micro{tag}.safetensors" for tag in ("", ".epoch-0002", ".epoch-0008"))
+    resnet, resnet_late = (exported / f"resnet_micro{tag}.safetensors" for tag in ("", ".epoch-0008"))
+
+    def refused(message: str, *files: Path) -> None:
+        with pytest.raises(ValueError, match=message):
+            ship(files, tmp_path / "shipped")
+        assert not (tmp_path / "shipped").exists()
+
+    refused("epoch-0008.safetensors without vit_micro.safetensors", late, resnet)
+    refused(
+        r"8 MB together, not vit_micro.epoch-0008.safetensors 3.3 MB, resnet.* 5.\d MB", last, late, resnet, resnet_late
+    )
+    change(early, recipe={"size": 64, "epochs": 30, "seed": 1})
+    refused("epoch-0002.safetensors began from seed 1, but vit_micro.random", last, early)
+    change(early, recipe={"size": 64, "epochs": 20, "seed": 0})
+    refused("are of two runs: they differ in recipe", last, early)
+    change(early, note=" ")
+    refused("no note; say the licence", last, early)
+    change(late, epochs=9)
+    refused("the epochs of its card, 'epoch-0009', is not that of the file, 'epoch-0008'", last, late)
+    change(late, epochs=8, data={"name": "colours", "classes": 9})
+    refused("'head.(weight|bias)' of the file does not fit", last, late)
+    change(resnet, backbone="test_resnet")
+    refused("of 'test_resnet'; those that ship are vit_micro, resnet_micro", resnet)
+    content = bytearray(last.read_bytes())
+    content[-1] ^= 1
+    last.write_bytes(content)
+    refused("vit_micro.safetensors is not the file of its card: the SHA-256 differs", last)
+    last.with_suffix(".json").unlink()
+    refused("has no model card vit_micro.json", last)

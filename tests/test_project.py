@@ -17,14 +17,16 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 
 # What each module may import of ours; a module that is not listed may import any that does not import it.
-BELOW_METHODS = {"sites", "prompts", "pixels", "regions", "diversity", "heads"}
-BELOW_TRAINING = BELOW_METHODS | {"methods", "backbones", "tasks", "records", "progress"}
+BELOW_METHODS = {"tracing", "sites", "prompts", "pixels", "regions", "diversity", "heads"}
+BELOW_TRAINING = BELOW_METHODS | {"methods", "backbones", "tasks", "records", "progress", "determinism"}
 BELOW_SWEEPS = BELOW_TRAINING | {"training", "efficiency", "metrics", "statistics"}
 MAY_IMPORT = {
     "theory": set(),
     "statistics": set(),
     "progress": set(),
-    "sites": set(),
+    "determinism": set(),
+    "tracing": set(),
+    "sites": {"tracing"},
     "metrics": {"sites"},
     "prompts": {"sites", "backbones", "pixels", "heads"},
     "regions": set(),
@@ -36,7 +38,7 @@ MAY_IMPORT = {
     "equivalence_study": BELOW_SWEEPS | {"equivalence"},
     "methods": BELOW_METHODS | {"backbones"},
     "heads": BELOW_TRAINING - {"methods"},
-    "backbones": BELOW_TRAINING,
+    "backbones": {"determinism"},
     "tasks": BELOW_TRAINING,
     "records": BELOW_TRAINING,
     "pretraining": BELOW_TRAINING | {"diversity"},
@@ -44,7 +46,7 @@ MAY_IMPORT = {
     "efficiency": BELOW_TRAINING | {"training"},
     "ranking": BELOW_SWEEPS | {"theory"},
     "selection": BELOW_SWEEPS | {"theory", "ranking"},
-    "sweeps": BELOW_SWEEPS,
+    "sweeps": BELOW_SWEEPS | {"clip"},
     "bench": BELOW_SWEEPS,
     "metric_bench": BELOW_SWEEPS,
     "profiles": {"sites", "metrics", "progress"},
@@ -52,9 +54,9 @@ MAY_IMPORT = {
 }
 # The only modules of ours that may import a package of others.
 ONLY_IN = {
-    "timm": {"sites", "backbones", "metrics.attention", "pretraining"},
-    "torchvision": {"tasks", "pretraining", "diversity"},
-    "datasets": {"tasks", "pretraining"},
+    "timm": {"tracing", "backbones", "metrics.attention", "pretraining.run"},
+    "torchvision": {"tasks", "pretraining.run", "pretraining.augmentation", "diversity"},
+    "datasets": {"tasks"},
     "open_clip": {"clip"},
     "peft": {"methods"},
     "matplotlib": {"figures"},

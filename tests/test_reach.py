@@ -261,6 +261,18 @@ def test_a_step_lasts_while_negatives_keep_their_margin():
     assert not problem.is_lasting(problem.lift(2.2))
 
 
+def test_a_batch_may_overshoot_where_single_samples_do_not():
+    """Two positions, a step of 2: one visit repairs; after one of four, a whole batch of that window lifts by 2.5."""
+    problem = Problem(num_positions=2, reach=1)
+    lift = problem.lift(2)
+    assert problem.is_lasting(lift)
+    assert problem.visits(lift, 4) == 2
+    limit = problem.nuisance + problem.signal - problem.margin
+    assert lift / 4 + 4 * lift / 4 > limit
+    assert not problem.is_lasting(lift, 4)
+    assert problem.is_lasting(problem.lift(1), 4)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -49,6 +49,17 @@ def test_second_fetch_reads_what_the_first_computed(tmp_path):
         second["z"]
 
 
+def test_lookup_reads_what_fetch_would_read_and_computes_nothing(tmp_path, monkeypatch):
+    assert records.lookup(double, {"x": 3}, folder=tmp_path) is None
+    assert not calls
+    record = fetch(tmp_path, data="d")
+    assert records.lookup(double, {"x": 3}, data="d", folder=tmp_path) == record
+    assert records.lookup(double, {"x": 3}, folder=tmp_path) is None
+    monkeypatch.setenv("APTHORY_FRESH", str(time.time() + 60))
+    assert records.lookup(double, {"x": 3}, data="d", folder=tmp_path) is None
+    assert len(calls) == 1
+
+
 def test_key_is_the_digest_of_what_the_docstring_names(tmp_path):
     """Computed independently: old records must stay readable under their names."""
     identity = {"config": {"a": [1, 2.5], "x": 3}, "data": "d", "name": f"{__name__}.double", "version": 1}

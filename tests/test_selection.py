@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from scipy.sparse.linalg import cg
 from torch import nn
 from torch.nn import functional
 from typer.testing import CliRunner
@@ -97,17 +99,136 @@ def test_scores_ignore_validation_and_test_images(num_second_order):
     options = {"num_examples": 24, "num_second_order": num_second_order, "num_validation": 12}
     options["places"] = ["layer2.0:input", "layer4.0:input"]
 
-    def changed(indices, part):
+    def changed(indices, part, *, relabelled=False):
         images = getattr(task, part)
-        pixels = images.pixels.clone()
+        pixels, labels = images.pixels.clone(), images.labels.clone()
         pixels[indices] = 255 - pixels[indices]
-        return replace(task, **{part: tasks.Images(pixels, images.labels)})
+        if relabelled:
+            labels[indices] = (labels[indices] + 1) % 3
+        return replace(task, **{part: tasks.Images(pixels, labels)})
 
     split = task.split(0, 24, 12)
     table = ranking.rank_sites(model, task, **options)
-    for other in (changed(split.validation, "train"), changed(split.test, "test")):
+    for other in (changed(split.validation, "train"), changed(split.test, "test", relabelled=True)):
         assert ranking.rank_sites(model, other, **options).equals(table)
     assert not ranking.rank_sites(model, changed(split.train[:1], "train"), **options).equals(table)
+    # Labels decide the split, so those of validation images are changed behind it.
+    rows = [
+        ranking._Tangents(model, other, options["places"], split.train).first_order()
+        for other in (task, changed(split.validation, "train", relabelled=True))
+    ]
+    assert rows[0] == rows[1]
+
+
+def many_classes(num_classes=12, num_train=96):
+    """A task of few images a class, in a random order."""
+    order = torch.randperm(num_train, generator=torch.Generator().manual_seed(0))
+    task, classes = tiny.task(num_train), tuple(f"class {label}" for label in range(num_classes))
+    images = tasks.Images(task.train.pixels, order % num_classes)
+    return replace(task, classes=classes, train=images, test=tasks.Images(task.test.pixels, torch.arange(24) % 12))
+
+
+@pytest.mark.parametrize("num", [4, 10, 16, 200])
+def test_halves_of_the_second_order_have_the_same_classes(num):
+    task = many_classes()  # 96 images of 12 classes: each has four unseen ones, two pairs
+    prepared = ranking._Tangents(tiny.backbone("vit"), task, ["blocks.1:input"], torch.arange(96), num)
+    one, other = (task.train.labels[half].bincount(minlength=12) for half in prepared.pairs.unbind(1))
+    assert torch.equal(one, other)
+    assert len(prepared.pairs) == min(num // 2, 24)
+    assert prepared.pairs.unique().numel() == prepared.pairs.numel()
+    assert set(prepared.pairs.flatten().tolist()) <= set(prepared.unseen.tolist())
+    assert int(one.max() - one.min()) <= 1  # in proportion to the classes, which are of one size
+
+
+def test_a_class_with_an_odd_number_of_images_leaves_one_out():
+    task = many_classes()
+    indices = torch.cat([torch.where(task.train.labels == label)[0][:6] for label in (0, 1, 2)])  # three unseen each
+    prepared = ranking._Tangents(tiny.backbone("vit"), task, ["blocks.1:input"], indices, 200)
+    assert len(prepared.unseen) == 9
+    assert task.train.labels[prepared.pairs].tolist() == [[0, 0], [1, 1], [2, 2]]
+
+
+def test_pairs_of_a_single_class_are_refused_before_anything_runs():
+    task = many_classes()
+    labels = task.train.labels
+    indices = torch.cat([torch.where(labels == 0)[0][:4], *(torch.where(labels == c)[0][:1] for c in range(1, 12))])
+    with pytest.raises(ValueError, match=r"all 2 images of the second order are of one class, out of \d+; raise"):
+        ranking._Tangents(nn.Linear(1, 1), task, ["blocks.1:input"], indices, 40)
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+def test_second_order_scores_are_those_of_dense_matrices(family):
+    """newton: the step by a matrix of all second derivatives, judged by gradients image by image; and alignment."""
+    model, task = tiny.backbone(family), many_classes()
+    site = sites.list_sites(model)[-2]
+    prepared = ranking._Tangents(model, task, [site], torch.arange(48), 16)
+    assert prepared.pairs.numel() == 16 < len(prepared.unseen)
+    [row] = prepared.second_order(seed=0)
+    labels, (prefix, suffix) = task.train.labels, sites.split(model, site)
+    with torch.no_grad():
+        crossing = {
+            int(index): prefix(training.normalized(model, task.train, index[None])) for index in prepared.unseen
+        }
+    unit = prepared.units[site]
+
+    def logits(index, flat):
+        z, *rest = crossing[int(index)]
+        return prepared.head(suffix(z + flat.view(1, *unit), *rest))[0]
+
+    zero = torch.zeros(math.prod(unit))
+    jacobians = {index: torch.func.jacrev(partial(logits, index))(zero).double() for index in crossing}
+    residuals = {}
+    for index in crossing:
+        p = logits(index, zero).double().softmax(0).detach()
+        residuals[index] = p, p - functional.one_hot(labels[index], 12)
+    gains = []
+    for half in prepared.pairs.unbind(1):
+        chosen = half.tolist()
+        g = sum(jacobians[i].T @ residuals[i][1] for i in chosen) / len(chosen)
+        H = sum(
+            jacobians[i].T
+            @ (torch.diag(residuals[i][0]) - torch.outer(residuals[i][0], residuals[i][0]))
+            @ jacobians[i]
+            for i in chosen
+        ) / len(chosen)
+        matrix = H + torch.eye(len(zero)) / prepared.norms[site] ** 2
+        step, _ = cg(matrix.numpy(), g.numpy(), rtol=1e-10, maxiter=3)
+        by_class = {}
+        for index in sorted(set(crossing) - set(chosen)):
+            by_class.setdefault(int(labels[index]), []).append(jacobians[index].T @ residuals[index][1])
+        sizes = labels[prepared.unseen].bincount(minlength=12).tolist()
+        judge = sum(sizes[label] * torch.stack(own).mean(0) for label, own in by_class.items()) / sum(sizes)
+        assert float((step @ judge.numpy()) - step @ g.numpy()) != 0.0
+        gains.append(step @ judge.numpy() / 2)
+    assert row["newton"] == pytest.approx(np.mean(gains), rel=1e-3)
+    several = [jacobians[int(index)] for index in prepared.pairs.flatten()]
+    kernel = torch.stack([torch.stack([(one * two).sum() for two in several]) for one in several])
+    expected = tangent.alignment(kernel, tangent.label_kernel(labels[prepared.pairs.flatten()]))
+    assert row["alignment"] == pytest.approx(expected, rel=1e-3)
+
+
+def silenced(family="resnet"):
+    model = copy.deepcopy(tiny.backbone(family))
+    model.layer2[0].register_forward_hook(lambda _, args, z: 0 * z)
+    return model
+
+
+def test_a_silent_site_is_left_out_with_a_warning():
+    options = {"num_examples": 24, "num_validation": 12}
+    places = ["layer2.0:input", "layer3.0:input", "layer4.0:input"]
+    with pytest.warns(UserWarning, match="zero for all 12 images at layer3.0:input: left out of the ranking"):
+        table = ranking.rank_sites(silenced(), tiny.task(), places, **options)
+    assert sorted(table["site"]) == [places[0], places[2]]
+    assert np.isfinite(table.drop(columns="site").to_numpy()).all()
+    with pytest.raises(ValueError, match=r"at layer3\.0:input, so there is no site to rank; choose other places"):
+        ranking.rank_sites(silenced(), tiny.task(), ["layer3.0:input"], **options)
+
+
+def test_activations_that_are_not_finite_are_refused():
+    model = copy.deepcopy(tiny.backbone("resnet"))
+    model.layer2[0].register_forward_hook(lambda _, args, z: z / 0)
+    with pytest.raises(ValueError, match=r"the activation at site 'layer3\.0:input' is not finite"):
+        ranking.rank_sites(model, tiny.task(), ["layer3.0:input"], num_examples=24, num_validation=12)
 
 
 def test_the_head_is_a_converged_linear_probe_that_decays_its_weights_alone():
@@ -146,8 +267,8 @@ def test_ranking_is_a_table_of_sites_best_first_with_its_cost():
     with torch.no_grad():
         forward = efficiency.count_flops(lambda: model(tiny.images("resnet", 1)))
     earliest = selection.site_costs(model, sites.list_sites(model)[1:2])["layer1.0:input"]
-    passes = 24 * forward + 12 * earliest.backward  # and one image for each site, and the head's own fit
-    assert passes < first["flops"] < passes + len(table) * forward + 3e7
+    passes = 25 * forward + 12 * earliest.backward  # one forward pass for the channels
+    assert first["flops"] == pytest.approx(passes + tangents("resnet").head_flops, rel=1e-3)  # beside: the head
     by_windows = ranking.rank_sites(model, task, score="windows", num_examples=24, num_validation=12)
     assert by_windows["windows"].is_monotonic_increasing
     assert "newton" not in by_windows
@@ -164,6 +285,7 @@ def test_after_the_last_pooling_no_alignment_is_left_for_a_prompt():
     assert alignment[last] == pytest.approx(0.0, abs=1e-6)
     assert abs(alignment[before]) > 1e-3
     assert table["newton"].is_monotonic_decreasing
+    assert table.attrs["cost"]["second order"]["examples"] == 12
     assert table.attrs["cost"]["second order"]["flops"] > 0 < table.attrs["cost"]["second order"]["seconds"]
 
 
@@ -262,7 +384,7 @@ def test_training_costs_what_is_counted_while_it_runs(family):
     recipe = replace(RECIPE, num_epochs=2)
 
     def fit():
-        training.fit(model, task, methods.ActivationPrompting(site=site), bundle, recipe)
+        training.fit(model, task, methods.ActivationPrompting(site=site), bundle, recipe=recipe)
 
     counted = efficiency.count_flops(fit)
     race = selection._Race(model, task, recipe, [site], seed=0)
@@ -275,7 +397,7 @@ def test_training_costs_what_is_counted_while_it_runs(family):
 
 @pytest.fixture(scope="module")
 def found():
-    return selection.find_site(tiny.backbone("vit"), tiny.task(), RECIPE, budget=0.5, learning_rates=RATES)
+    return selection.find_site(tiny.backbone("vit"), tiny.task(), recipe=RECIPE, budget=0.5, learning_rates=RATES)
 
 
 def test_a_search_chooses_on_validation(found):
@@ -297,11 +419,11 @@ def test_flops_counted_while_it_runs_keep_the_budget(family):
 
     def search():
         options = {"budget": budget, "learning_rates": RATES, "places": places}
-        found.append(selection.find_site(model, task, RECIPE, **options))
+        found.append(selection.find_site(model, task, recipe=RECIPE, **options))
 
     def exhaust():
         for site in places:
-            training.fit(model, task, methods.ActivationPrompting(site=site), bundle, RECIPE)
+            training.fit(model, task, methods.ActivationPrompting(site=site), bundle, recipe=RECIPE)
 
     spent, whole = efficiency.count_flops(search), efficiency.count_flops(exhaust)
     # What torch does not count: the fit of the head. What it counts beside: one image for each bundle's shapes.
@@ -332,7 +454,7 @@ def test_what_the_budget_has_left_goes_to_sites_that_it_can_still_pay_for(monkey
     """Scores that put the input first: an early site takes most of a small budget, late ones what remains."""
     model, task = tiny.backbone("vit"), tiny.task()
     monkeypatch.setitem(ranking.SCORES, "found", lambda table: -table["depth"])
-    found = selection.find_site(model, task, RECIPE, budget=0.3, learning_rates=RATES)
+    found = selection.find_site(model, task, recipe=RECIPE, budget=0.3, learning_rates=RATES)
     assert found.scores["site"][0] == "blocks.0:input"
     short = found.trials[found.trials["epochs"] == 3]
     assert {"blocks.0:input", "blocks.2:output"} <= set(short["site"])
@@ -356,7 +478,7 @@ def test_a_full_training_is_put_aside_for_the_costliest_in_the_race():
 
 def test_learning_rates_of_a_single_site_compete_as_well():
     model, task = tiny.backbone("vit"), tiny.task()
-    found = selection.find_site(model, task, RECIPE, budget=0.9, learning_rates=RATES, places=["blocks.1:input"])
+    found = selection.find_site(model, task, recipe=RECIPE, budget=0.9, learning_rates=RATES, places=["blocks.1:input"])
     short = found.trials[found.trials["epochs"] == 3]
     assert set(short["site"]) == {"blocks.1:input"}
     assert len(short) > 1
@@ -364,14 +486,14 @@ def test_learning_rates_of_a_single_site_compete_as_well():
 
 
 def test_a_larger_budget_tries_more(found):
-    more = selection.find_site(tiny.backbone("vit"), tiny.task(), RECIPE, budget=1.0, learning_rates=RATES)
+    more = selection.find_site(tiny.backbone("vit"), tiny.task(), recipe=RECIPE, budget=1.0, learning_rates=RATES)
     assert len(more.trials) > len(found.trials)
 
 
 def test_the_test_part_is_not_looked_at(found):
     task = tiny.task()
     other = replace(task, test=tasks.Images(255 - task.test.pixels, task.test.labels.flip(0)))
-    again = selection.find_site(tiny.backbone("vit"), other, RECIPE, budget=0.5, learning_rates=RATES)
+    again = selection.find_site(tiny.backbone("vit"), other, recipe=RECIPE, budget=0.5, learning_rates=RATES)
     assert again.trials.equals(found.trials)
     assert torch.equal(again.fit.prompt.delta, found.fit.prompt.delta)
 
@@ -381,15 +503,15 @@ def test_a_budget_that_buys_nothing_says_what_would():
     with pytest.raises(
         ValueError, match=r"a budget of 0\.01 .* buys no whole training; at least (0\.\d+) does"
     ) as error:
-        selection.find_site(model, task, RECIPE, budget=0.01, learning_rates=RATES)
+        selection.find_site(model, task, recipe=RECIPE, budget=0.01, learning_rates=RATES)
     least = float(str(error.value).split("at least ")[1].split()[0])
-    assert selection.find_site(model, task, RECIPE, budget=least, learning_rates=RATES).share <= least
+    assert selection.find_site(model, task, recipe=RECIPE, budget=least, learning_rates=RATES).share <= least
 
 
 @pytest.mark.parametrize("budget", [0.0, -1.0, 1.5, math.inf])
 def test_a_budget_is_a_share(budget: float):
     with pytest.raises(ValueError, match="give a share of the exhaustive sweep's FLOPs, above 0 and at most 1"):
-        selection.find_site(tiny.backbone("vit"), tiny.task(), RECIPE, budget=budget, learning_rates=RATES)
+        selection.find_site(tiny.backbone("vit"), tiny.task(), recipe=RECIPE, budget=budget, learning_rates=RATES)
 
 
 def test_a_backbone_that_is_not_frozen_is_refused_before_anything_runs():
@@ -432,6 +554,29 @@ def test_scores_are_recorded_in_the_order_of_the_sites(folder, tmp_path):
         assert row["gain"] == pytest.approx(direct["gain"][row["site"]], rel=1e-3, abs=1e-3)
 
 
+def test_a_search_is_recorded_with_what_it_spent_and_the_test_part_once(folder, tmp_path):
+    places, rates = ["layer3.0:input", "layer4.0:input"], [4e-3, 1.6e-2, 6.4e-2]
+    recipe = {"num_epochs": 2, "batch_size": 8, "num_train": 24, "num_validation": 9, "num_test": 9}
+    config = {"backbone": {"name": "resnet_micro"}, "task": f"folder:{folder}", "size": 64, "places": places}
+    config |= {"recipe": recipe, "learning_rates": rates, "budget": 0.9, "score": "windows", "seed": 0}
+    record = records.fetch(layers.search, config, folder=tmp_path)
+    direct = selection.find_site(
+        backbones.load("resnet_micro"),
+        tasks.load(f"folder:{folder}", 64),
+        training.Recipe(**recipe),
+        budget=0.9,
+        learning_rates=rates,
+        places=places,
+        score="windows",
+    )
+    assert (record["site"], record["flops"]) == (direct.site, direct.flops)
+    assert record["flops"] <= 0.9 * record["exhaustive_flops"]
+    assert record["validation_accuracy"] == direct.fit.validation_accuracy
+    assert record["accuracy"] == pytest.approx(100 * np.mean(record["correct"]))
+    assert len(record["correct"]) == 9
+    assert [row["site"] for row in record["trials"]] == list(direct.trials["site"])
+
+
 def call(*arguments):
     return CliRunner().invoke(app, ["layers", *map(str, arguments)])
 
@@ -455,6 +600,7 @@ def test_the_command_prints_a_ranked_table_draws_it_and_names_the_site(folder, t
         (["--backbone", "resnet_micro", "--data", "nowhere"], "there is no folder 'nowhere'"),
         (["--backbone", "resnet_mikro", "--task", "textures"], "no backbone 'resnet_mikro'"),
         (["--backbone", "resnet_micro", "--task", "textures", "--score", "luck"], "cannot rank by 'luck'"),
+        (["--backbone", "resnet_micro", "--task", "textures", "--score", "newton"], "such as --second-order 40"),
         (["--task", "textures"], "Missing option '--backbone'"),
     ],
 )

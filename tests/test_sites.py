@@ -1,8 +1,11 @@
 """Claims about sites: a cut changes nothing, an edit is borrowed, a name means one place."""
 
 import copy
-from collections.abc import Callable
-from functools import cache, partial
+import gc
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import timm
@@ -10,7 +13,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from apthory import backbones, sites
+from apthory import backbones, sites, tracing
 
 EXACT = {
     "vit": ["blocks.1.norm2:input", "blocks.0.attn.qkv", "blocks.2.mlp:input", "patch_embed", ":output"],
@@ -47,12 +50,6 @@ class Branching(nn.Module):
         return self.last(z if z.sum() > 0 else -z)
 
 
-@pytest.fixture
-def one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trace each backbone once: a trace depends on it alone, and tests of every site would spend their time there."""
-    monkeypatch.setattr(sites, "_Trace", cache(sites._Trace))
-
-
 def all_sites(model: nn.Module) -> list[str]:
     return [*sites.list_sites(model), *sites.list_sites(model, "norm")]
 
@@ -64,7 +61,6 @@ def num_hooks(model: nn.Module) -> int:
 # ---------------------------------------------------------------------------------------------- split
 
 
-@pytest.mark.usefixtures("one_trace")
 @torch.no_grad()
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_suffix_of_prefix_is_the_backbone_bit_for_bit_at_every_site(family: str):
@@ -84,7 +80,6 @@ def test_suffix_of_prefix_is_the_backbone_bit_for_bit_at_every_site(family: str)
     assert num_hooks(model) == 0
 
 
-@pytest.mark.usefixtures("one_trace")
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["vit", "swin", "resnet"])
 def test_suffix_of_prefix_is_the_backbone_bit_for_bit_in_float64(family: str):
@@ -95,7 +90,6 @@ def test_suffix_of_prefix_is_the_backbone_bit_for_bit_in_float64(family: str):
         assert torch.equal(suffix(*prefix(x)), model(x)), site
 
 
-@pytest.mark.usefixtures("one_trace")
 @torch.no_grad()
 @pytest.mark.parametrize("name", backbones.SHIPPED)
 def test_shipped_backbones_are_cut_bit_for_bit_at_every_block(name: str):
@@ -121,7 +115,6 @@ def test_a_norm_inside_a_residual_branch_crosses_with_its_skip():
     assert len(sites.split(model, "blocks.1:input")[0](x)) == 1
 
 
-@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_stack_of_batches_through_the_suffix_gives_each_its_own_result(
@@ -151,7 +144,6 @@ def test_swin_suffix_makes_window_counts_anew_for_any_batch():
             torch.testing.assert_close(twice, model(x).repeat(2, 1), rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_edits_in_the_suffix_do_what_hooks_do(family: str):
     model, x = tiny.backbone(family), tiny.images(family, 4)
@@ -385,7 +377,6 @@ def test_aliases_name_one_place(family: str, alias: str, canonical: str):
     assert torch.equal(seen[alias], seen[canonical])
 
 
-@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_listed_sites_are_canonical_and_in_order(family: str):
     model = tiny.backbone(family)
@@ -412,6 +403,88 @@ def test_block_sites_are_the_boundaries_of_blocks():
     assert both[:4] == [":input", "blocks.0:input", "blocks.0.norm1:output", "blocks.0.norm2:output"]
     resnet = ["layer1.0:input", "layer1.1:input", "layer2.0:input", "layer3.0:input", "layer4.0:input"]
     assert sites.list_sites(tiny.backbone("resnet")) == [":input", *resnet, "layer4.0:output"]
+
+
+def plain_layers() -> Iterator[nn.Module]:
+    for index, width in enumerate((4, 8, 8)):
+        yield from (nn.Conv2d((3, 4, 8)[index], width, 3, padding=1), nn.ReLU(inplace=True))
+        if index != 1:
+            yield nn.MaxPool2d(2)
+
+
+NAMED_SERIES = {
+    "regnet": (
+        lambda: timm.models.RegNet(timm.models.regnet.RegNetCfg(depth=5, w0=8, wa=8.0, wm=1.8, group_size=8)),
+        [*(f"{block}:input" for block in ("s1.b1", "s2.b1", "s3.b1", "s3.b2", "s4.b1")), "s4.b1:output"],
+    ),
+    "densenet": (
+        lambda: timm.models.DenseNet(growth_rate=4, block_config=(2, 2, 1)),
+        [*(f"features.denseblock{k}:input" for k in (1, 2, 3)), "features.denseblock3:output"],
+    ),
+    "plain": (
+        lambda: nn.Sequential(OrderedDict(features=nn.Sequential(*plain_layers()), pool=nn.AdaptiveAvgPool2d(1))),
+        [*(f"features.{k}:input" for k in (3, 5)), "features.7:output"],
+    ),
+}
+
+
+@pytest.mark.parametrize("family", NAMED_SERIES)
+def test_blocks_may_be_numbered_names_or_the_layers_of_a_plain_sequence(family: str):
+    make, expected = NAMED_SERIES[family]
+    model = make().eval()
+    assert sites.list_sites(model) == [":input", *expected]
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        for site in expected:
+            prefix, suffix = sites.split(model, site, example=x)
+            torch.testing.assert_close(suffix(*prefix(x)), model(x), rtol=0, atol=0)
+            assert sites.resolve(model, site) == site
+
+
+def test_a_vgg_s_blocks_are_its_convolutions():
+    with torch.device("meta"):
+        model = timm.create_model("vgg11_bn", num_classes=0).eval()
+    convolutions = [name for name, module in model.features.named_children() if isinstance(module, nn.Conv2d)]
+    blocks = [f"features.{name}:input" for name in convolutions[1:]]  # the first one's input is the image
+    assert len(blocks) == 7
+    assert sites.list_sites(model) == [":input", *blocks, sites.resolve(model, "features:output")]
+
+
+def test_a_backbone_is_traced_anew_only_when_it_has_changed(monkeypatch: pytest.MonkeyPatch):
+    traced = []
+
+    class Counting(tracing._Tracer):
+        def trace(self, root, concrete_args=None):
+            traced.append(root)
+            return super().trace(root, concrete_args)
+
+    monkeypatch.setattr(tracing, "_Tracer", Counting)
+    model = nn.Sequential(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), nn.Sequential(nn.Linear(6, 6), nn.Dropout()))
+    x = torch.randn(2, 6)
+    sites.split(model, ":input", example=x)
+    model[0][0].weight.data.mul_(2)
+    assert sites.resolve(model, "1") == ":output"
+    assert len(traced) == 1
+    prefix, suffix = sites.split(model, "1:input", example=x)
+    model.eval()
+    torch.testing.assert_close(sites.split(model, "1:input", example=x)[1](*prefix(x)), model(x), rtol=0, atol=0)
+    model[1][0] = nn.Linear(6, 6, bias=False)
+    model.append(nn.Sequential(nn.Linear(6, 6), nn.ReLU()))
+    assert sites.resolve(model, "1") == "1.1:output"
+    prefix, suffix = sites.split(model, "1:input", example=x)
+    torch.testing.assert_close(suffix(*prefix(x)), model(x), rtol=0, atol=0)
+    assert len(traced) == 3
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_a_kept_trace_does_not_keep_its_backbone(family: str):
+    model = copy.deepcopy(tiny.backbone(family))
+    halves = sites.split(model, sites.list_sites(model)[2])
+    parameter, module = weakref.ref(next(model.parameters())), weakref.ref(model)
+    del model, halves
+    gc.collect()
+    assert module() is None
+    assert parameter() is None
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -530,7 +603,6 @@ def test_norms_between_lie_after_the_site_and_before_the_next(family: str, site:
     assert sites.norms_between(tiny.backbone(family), site) == norms
 
 
-@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_every_norm_lies_between_exactly_one_pair_of_block_sites(family: str):
     model = tiny.backbone(family)

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import reference
+from scipy import stats
 
 from apthory import statistics
 
@@ -155,6 +156,25 @@ def test_spearman_sees_order_only_and_is_zero_where_all_are_equal():
     assert statistics.spearman(depth, np.full(4, 70.0)) == 0.0
 
 
+@pytest.mark.parametrize("num_sites", [2, 5, 9, 19])
+def test_spearman_of_many_draws_is_scipy_s_of_each_with_the_same_bits(num_sites: int):
+    random = np.random.default_rng(0)
+    depth = np.round(random.random(num_sites), 1)  # some sites are as deep as others
+    accuracy = random.integers(num_sites, size=(300, num_sites)) / 7
+    found = statistics.spearman(depth, accuracy)
+    for row, value in zip(accuracy, found, strict=True):
+        expected = 0.0 if np.ptp(row) == 0 else stats.spearmanr(depth, row).statistic
+        assert value == expected
+        assert statistics.spearman(depth, row) == value
+
+
+def test_deep_minus_shallow_of_many_draws_is_that_of_each():
+    random = np.random.default_rng(0)
+    depth, accuracy = random.permutation(np.linspace(0, 1, 9)), random.random((20, 9))
+    found = statistics.deep_minus_shallow(depth, accuracy)
+    np.testing.assert_array_equal(found, [statistics.deep_minus_shallow(depth, row) for row in accuracy])
+
+
 @pytest.mark.parametrize(
     ("accuracy", "expected"),
     [([1.0, 2.0, 9.0, 9.0, 6.0, 8.0], 5.5), ([1.0, 5.0, 3.0], 2.0), ([2.0, 7.0], 5.0), ([4.0], 0.0)],
@@ -180,7 +200,7 @@ def by_depth(slopes: dict[str, float], num_images: int = 400) -> pd.DataFrame:
 
 def test_a_statistic_over_sites_is_the_mean_of_those_of_the_tasks():
     table = by_depth({"a": 0.2, "b": -0.1, "c": 0.1})
-    steep = statistics.over_sites(table, lambda depth, accuracy: float(accuracy[-1] - accuracy[0]), num_draws=50)
+    steep = statistics.over_sites(table, lambda depth, accuracy: accuracy[..., -1] - accuracy[..., 0], num_draws=50)
     assert steep.value == pytest.approx(100 * (0.2 - 0.1 + 0.1) / 3)
     assert statistics.over_sites(table, statistics.spearman, num_draws=50).value == pytest.approx(1 / 3)
 

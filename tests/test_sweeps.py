@@ -1,9 +1,8 @@
 """Claims about sweeps: cells in order, records that a killed run goes on from, one table whatever ran them."""
 
 import json
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -167,7 +166,9 @@ def test_a_cell_says_what_tuning_and_evaluating_says(study: sweeps.Study, done: 
     record = next(r for r in done[1] if r.config["method"]["name"] == "ap")
     spec = record.config["backbone"]
     backbone, task = backbones.load(**spec), sweeps.tasks.load(record.config["task"], 32)
-    fits = training.tune(backbone, task, sweeps.make(record.config["method"]), RECIPE, (2e-2,), (0, 1))
+    fits = training.tune(
+        backbone, task, sweeps.make(record.config["method"]), recipe=RECIPE, learning_rates=(2e-2,), seeds=(0, 1)
+    )
     evaluations = training.evaluate(task, fits)
     assert record["accuracy"] == [e.accuracy for e in evaluations]
     assert record["learning_rate"] == fits[0].configuration.learning_rate
@@ -224,7 +225,7 @@ def test_an_executor_gives_the_same_records_in_the_same_order(
 ):
     pools: list[Executor] = [
         ThreadPoolExecutor(1),  # torch.fx traces change the process, so threads cannot share one
-        ProcessPoolExecutor(1, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)),
+        sweeps.processes(1),
     ]
     short = replace(study, last_sites=1, full=False)
     expected = [r for r in done[1] if r.config["method"].get("site") in (None, "blocks.1:output")]
@@ -239,6 +240,27 @@ def test_an_executor_gives_the_same_records_in_the_same_order(
                 assert one["split"] == other["split"]
         else:
             assert all(map(same, found, expected))
+
+
+def test_an_executor_is_given_only_what_is_not_on_record(
+    study: sweeps.Study, done: tuple[Path, list[records.Record]], tmp_path: Path
+):
+    given = []
+
+    class Counting(ThreadPoolExecutor):
+        def submit(self, function, /, config, *args):
+            given.append(config)
+            return super().submit(function, config, *args)
+
+    first, second, *_ = done[1]
+    with Counting(1) as pool:
+        assert sweeps.fetch_all([first.config, second.config], done[0], pool) == [first, second]
+        assert not given
+        (tmp_path / f"{second.key}.json").write_bytes((done[0] / f"{second.key}.json").read_bytes())
+        found = sweeps.fetch_all([first.config, second.config], tmp_path, pool)
+    assert given == [first.config]
+    assert same(found[0], first)
+    assert found[1] == second
 
 
 def test_a_failing_cell_ends_the_sweep_and_keeps_what_is_done(study: sweeps.Study, tmp_path: Path):

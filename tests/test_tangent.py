@@ -365,6 +365,37 @@ def test_alignment_of_a_kernel_with_itself_is_one_and_with_a_constant_zero():
     assert tangent.alignment(kernel, 1 - kernel) == pytest.approx(-1.0, rel=1e-12)
 
 
+def test_alignment_is_that_of_pairs_of_different_examples():
+    """Against a least-squares fit of row and column effects to the entries off the diagonal."""
+    kernel, labels = rand(7, 7), torch.arange(7) % 3
+    kernel, target = kernel @ kernel.T, tangent.label_kernel(labels)
+    off = [(i, j) for i in range(7) for j in range(7) if i != j]
+    effects = torch.zeros(len(off), 7, dtype=torch.float64)
+    for row, (i, j) in enumerate(off):
+        effects[row, i] += 1
+        effects[row, j] += 1
+    one, two = (
+        values - effects @ torch.linalg.lstsq(effects, values).solution
+        for values in (torch.stack([matrix[pair] for pair in off])[:, None] for matrix in (kernel, target))
+    )
+    expected = float((one * two).sum() / (one.norm() * two.norm()))
+    assert tangent.alignment(kernel, target) == pytest.approx(expected, rel=1e-9)
+    assert tangent.alignment(kernel + torch.diag(rand(7, seed=3)), target) == pytest.approx(expected, rel=1e-9)
+
+
+def test_labels_that_have_nothing_to_do_with_a_kernel_do_not_align_with_it():
+    features = rand(12, 5)
+    kernel, generator = features @ features.T + 3 * torch.eye(12), torch.Generator().manual_seed(0)
+    labels = torch.arange(12) // 2
+    draws = [
+        tangent.alignment(kernel, tangent.label_kernel(labels[torch.randperm(12, generator=generator)]))
+        for _ in range(600)
+    ]
+    assert abs(np.mean(draws)) < 4 * np.std(draws) / len(draws) ** 0.5
+    with pytest.raises(ValueError, match="alignment of kernels of 3 examples; give at least four"):
+        tangent.alignment(kernel[:3, :3], kernel[:3, :3])
+
+
 def test_signed_root_keeps_the_sign():
     assert tangent.signed_root(4.0) == 2.0
     assert tangent.signed_root(-9.0) == -3.0

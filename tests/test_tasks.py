@@ -466,6 +466,20 @@ def test_without_a_data_folder_the_error_says_how_to_name_one(no_data):
         tasks.load("caltech101", SIZE)
 
 
+def test_a_plain_path_is_answered_with_the_prefix_that_reads_it(parquet, tmp_path, no_data):
+    images = tmp_path / "mine"
+    write_folder(images, red=2, blue=2)
+    for path, kind in ((images, "folder"), (parquet, "parquet")):
+        with pytest.raises(ValueError, match=f"is a folder, no task's name; write '{kind}:{path}' to read"):
+            tasks.load(str(path), SIZE)
+        assert len(tasks.load(f"{kind}:{path}", SIZE).classes) > 1
+
+
+def test_a_task_of_the_data_folder_comes_before_a_folder_of_its_name(parquet, monkeypatch):
+    monkeypatch.chdir(parquet.parent)
+    assert tasks.load("pets", SIZE, data=parquet.parent).name == "pets"
+
+
 def test_a_data_folder_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"data folder '.*gone' does not exist\. Set APTHORY_DATA or pass data="):
         tasks.load("caltech101", SIZE, data=tmp_path / "gone")
@@ -495,6 +509,13 @@ def test_a_size_that_is_no_size_is_refused(tmp_path, size):
 
 POOL = [0] * 60 + [1] * 30 + [2] * 10
 TEST = [0] * 40 + [1] * 40 + [2] * 20
+
+
+def test_a_task_is_shown_by_its_sizes_and_not_by_its_pixels():
+    task = tasks.load("count", 16)
+    assert repr(task) == "Task('count', 4 classes ('1', '2', '3', '4'), 500 train and 500 test images of 16 px)"
+    assert repr(task.train) == "Images(500 of 3 x 16 x 16)"
+    assert repr(task.split(3, 40, 20, 100)) == "Split(seed=3, train=40, validation=20, test=100)"
 
 
 def test_images_need_one_label_each_and_three_channels(monkeypatch):

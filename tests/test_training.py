@@ -66,7 +66,7 @@ def test_the_bundled_cached_loop_is_the_plain_loop(case: str, task: tasks.Task):
     recipe = replace(RECIPE, optimizer=optimizer)
     rates = (2e-2, 5e-3) if optimizer == "adamw" else (5e-2, 1e-2)
     bundle = [Configuration(learning_rate=r, weight_decay=1e-2, seed=s) for s, r in enumerate(rates)]
-    fits = training.fit(backbone, task, method, bundle, recipe)
+    fits = training.fit(backbone, task, method, bundle, recipe=recipe)
     evaluations = training.evaluate(task, fits)
     for fit, evaluation, configuration in zip(fits, evaluations, bundle, strict=True):
         plain = reference.fit(backbone, task, method, configuration, recipe)
@@ -132,10 +132,10 @@ BUNDLE = [
 def test_a_bundle_gives_each_configuration_the_result_it_gets_alone(family: str, optimizer: str, task: tasks.Task):
     method = ActivationPrompting(site=SITE[family])
     recipe = replace(RECIPE, optimizer=optimizer)
-    together = training.fit(tiny.backbone(family), task, method, BUNDLE, recipe)
+    together = training.fit(tiny.backbone(family), task, method, BUNDLE, recipe=recipe)
     evaluations = training.evaluate(task, together)
     for configuration, fit, evaluation in zip(BUNDLE, together, evaluations, strict=True):
-        (alone,) = training.fit(tiny.backbone(family), task, method, [configuration], recipe)
+        (alone,) = training.fit(tiny.backbone(family), task, method, [configuration], recipe=recipe)
         assert_same_fit(fit, alone)
         assert torch.equal(training.evaluate(task, [alone])[0].correct, evaluation.correct)
 
@@ -143,18 +143,18 @@ def test_a_bundle_gives_each_configuration_the_result_it_gets_alone(family: str,
 @pytest.mark.parametrize("method", [NormTuning(site="blocks.1:input"), FullFineTuning(), LinearProbe()])
 def test_other_methods_bundle_as_well(method: Method, task: tasks.Task):
     recipe = replace(RECIPE, optimizer="sgd")
-    together = training.fit(tiny.backbone("vit"), task, method, BUNDLE[::2], recipe)
+    together = training.fit(tiny.backbone("vit"), task, method, BUNDLE[::2], recipe=recipe)
     for configuration, fit in zip(BUNDLE[::2], together, strict=True):
-        assert_same_fit(fit, training.fit(tiny.backbone("vit"), task, method, [configuration], recipe)[0])
+        assert_same_fit(fit, training.fit(tiny.backbone("vit"), task, method, [configuration], recipe=recipe)[0])
 
 
 def test_a_diverging_configuration_leaves_its_bundle_alone(task: tasks.Task):
     method = ActivationPrompting(site="blocks.1:input")
     recipe = replace(RECIPE, optimizer="sgd")
     wild = Configuration(learning_rate=1e38)  # ten times that is infinite
-    lost, fine = training.fit(tiny.backbone("vit"), task, method, [wild, BUNDLE[0]], recipe)
+    lost, fine = training.fit(tiny.backbone("vit"), task, method, [wild, BUNDLE[0]], recipe=recipe)
     assert not all(map(math.isfinite, lost.train_curve))
-    assert_same_fit(fine, training.fit(tiny.backbone("vit"), task, method, [BUNDLE[0]], recipe)[0])
+    assert_same_fit(fine, training.fit(tiny.backbone("vit"), task, method, [BUNDLE[0]], recipe=recipe)[0])
     assert training.choose([lost, fine]) is fine
 
 
@@ -162,14 +162,14 @@ def test_no_finite_loss_at_all_is_an_error(task: tasks.Task):
     wild = [Configuration(learning_rate=1e38), Configuration(learning_rate=2e38)]
     recipe = replace(RECIPE, optimizer="sgd")
     with pytest.raises(ValueError, match=r"learning rates 1e\+38, 2e\+38.*finite loss; choose lower rates"):
-        training.fit(tiny.backbone("vit"), task, ActivationPrompting(site="blocks.1:input"), wild, recipe)
+        training.fit(tiny.backbone("vit"), task, ActivationPrompting(site="blocks.1:input"), wild, recipe=recipe)
 
 
 @pytest.mark.parametrize("family", ["vit", "resnet"])
 def test_the_cache_changes_nothing(family: str, task: tasks.Task):
     for method in (ActivationPrompting(site=SITE[family]), FixedPrompt(site=SITE[family], norm=5.0), LinearProbe()):
-        cached = training.fit(tiny.backbone(family), task, method, BUNDLE[:2], RECIPE)
-        plain = training.fit(tiny.backbone(family), task, method, BUNDLE[:2], replace(RECIPE, cache=False))
+        cached = training.fit(tiny.backbone(family), task, method, BUNDLE[:2], recipe=RECIPE)
+        plain = training.fit(tiny.backbone(family), task, method, BUNDLE[:2], recipe=replace(RECIPE, cache=False))
         for one, other in zip(cached, plain, strict=True):
             assert one.cache_bytes > 0 == other.cache_bytes
             assert_same_fit(one, other)
@@ -178,13 +178,13 @@ def test_the_cache_changes_nothing(family: str, task: tasks.Task):
 def test_the_cache_holds_every_image_once_and_its_bytes_are_counted(task: tasks.Task):
     cache = training.PrefixCache()
     method = ActivationPrompting(site="blocks.1.norm1:output")
-    (first,) = training.fit(tiny.backbone("vit"), task, method, BUNDLE[:1], RECIPE, cache=cache)
+    (first,) = training.fit(tiny.backbone("vit"), task, method, BUNDLE[:1], recipe=RECIPE, cache=cache)
     used = torch.cat([first.split.train, first.split.validation])
     image = 2 * 17 * 32 * 4  # the norm's output and the skip beside it
     assert first.cache_bytes == cache.num_bytes == len(used.unique()) * image
-    training.fit(tiny.backbone("vit"), task, method, BUNDLE[:1], RECIPE, cache=cache)
+    training.fit(tiny.backbone("vit"), task, method, BUNDLE[:1], recipe=RECIPE, cache=cache)
     assert cache.num_bytes == first.cache_bytes
-    training.fit(tiny.backbone("vit"), task, method, BUNDLE[2:3], RECIPE, cache=cache)
+    training.fit(tiny.backbone("vit"), task, method, BUNDLE[2:3], recipe=RECIPE, cache=cache)
     other = task.split(1, RECIPE.num_train, RECIPE.num_validation)
     assert cache.num_bytes == len(torch.cat([used, other.train, other.validation]).unique()) * image
 
@@ -199,9 +199,9 @@ def test_the_cache_holds_every_image_once_and_its_bytes_are_counted(task: tasks.
 def test_a_cache_of_another_probe_or_fixed_prompt_is_refused(first: Method, other: Method, task: tasks.Task):
     cache, recipe = training.PrefixCache(), replace(RECIPE, num_epochs=1)
     for _ in range(2):
-        training.fit(tiny.backbone("vit"), task, first, BUNDLE[:1], recipe, cache=cache)
+        training.fit(tiny.backbone("vit"), task, first, BUNDLE[:1], recipe=recipe, cache=cache)
     with pytest.raises(ValueError, match="results of another prefix"):
-        training.fit(tiny.backbone("vit"), task, other, BUNDLE[:1], recipe, cache=cache)
+        training.fit(tiny.backbone("vit"), task, other, BUNDLE[:1], recipe=recipe, cache=cache)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -224,25 +224,25 @@ def test_the_cache_gives_the_prefix_of_each_image_in_any_order(family: str):
 @pytest.mark.parametrize("family", ["vit", "resnet"])
 def test_the_same_seed_gives_the_same_bits(family: str, task: tasks.Task):
     method = ActivationPrompting(site=SITE[family])
-    first, second = (training.fit(tiny.backbone(family), task, method, BUNDLE, RECIPE) for _ in range(2))
+    first, second = (training.fit(tiny.backbone(family), task, method, BUNDLE, recipe=RECIPE) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert_same_fit(one, other, exact=True)
 
 
 def test_the_results_do_not_depend_on_the_state_of_the_process(task: tasks.Task):
     method = ActivationPrompting(site="blocks.1:input")
-    (one,) = training.fit(tiny.backbone("vit"), task, method, BUNDLE[:1], RECIPE)
+    (one,) = training.fit(tiny.backbone("vit"), task, method, BUNDLE[:1], recipe=RECIPE)
     with torch.random.fork_rng():
         torch.manual_seed(99)
         before = torch.get_rng_state()
-        (other,) = training.fit(tiny.backbone("vit"), task, method, BUNDLE[:1], RECIPE)
+        (other,) = training.fit(tiny.backbone("vit"), task, method, BUNDLE[:1], recipe=RECIPE)
         assert torch.equal(torch.get_rng_state(), before)
     assert_same_fit(one, other, exact=True)
 
 
 def test_another_seed_gives_other_images_and_another_head(task: tasks.Task):
     method = ActivationPrompting(site="blocks.1:input")
-    one, other = training.fit(tiny.backbone("vit"), task, method, BUNDLE[::2], RECIPE)
+    one, other = training.fit(tiny.backbone("vit"), task, method, BUNDLE[::2], recipe=RECIPE)
     assert not torch.equal(one.split.train, other.split.train)
     assert torch.equal(one.split.test, other.split.test)
     assert not torch.equal(one.head.weight, other.head.weight)
@@ -275,7 +275,7 @@ def test_only_prompt_and_head_receive_gradients(task: tasks.Task, monkeypatch: p
 
     monkeypatch.setattr(training._Optimizer, "step", spy)
     before = backbones.digest(backbone)
-    training.fit(backbone, task, method, BUNDLE[:2], RECIPE)
+    training.fit(backbone, task, method, BUNDLE[:2], recipe=RECIPE)
     assert got == {"(2, 8, 8, 8)", "(2, 32, 3)", "(2, 1, 3)"}  # prompts, heads' weights and biases
     (body,) = method.seen[0]
     wanted = {name for name, p in body.suffix.named_parameters() if p.requires_grad}
@@ -288,7 +288,7 @@ def test_only_prompt_and_head_receive_gradients(task: tasks.Task, monkeypatch: p
 def test_no_method_changes_the_backbone(method: Method, task: tasks.Task):
     backbone = tiny.backbone("resnet")
     before = backbones.digest(backbone)
-    fits = training.fit(backbone, task, method, BUNDLE[:2], RECIPE)
+    fits = training.fit(backbone, task, method, BUNDLE[:2], recipe=RECIPE)
     training.evaluate(task, fits)
     assert backbones.digest(backbone) == before
     assert all(p.grad is None and not p.requires_grad for p in backbone.parameters())
@@ -311,37 +311,37 @@ class Vandal(ActivationPrompting):
 def test_a_backbone_that_changed_is_noticed(task: tasks.Task):
     backbone = tiny.backbone.__wrapped__("vit")  # its own copy, since it gets damaged
     with pytest.raises(RuntimeError, match="the frozen backbone changed during training"):
-        training.fit(backbone, task, Vandal(site="blocks.1:input"), BUNDLE[:1], RECIPE)
+        training.fit(backbone, task, Vandal(site="blocks.1:input"), BUNDLE[:1], recipe=RECIPE)
 
 
 def test_a_frozen_head_stays_at_the_weights_it_is_given(task: tasks.Task):
     backbone = tiny.backbone("vit")
-    probes = training.fit(backbone, task, LinearProbe(), BUNDLE[:2], RECIPE)
+    probes = training.fit(backbone, task, LinearProbe(), BUNDLE[:2], recipe=RECIPE)
     method = ActivationPrompting(site="blocks.1:input", head="frozen")
-    fits = training.fit(backbone, task, method, BUNDLE[:2], RECIPE, heads=probes)
+    fits = training.fit(backbone, task, method, BUNDLE[:2], recipe=RECIPE, heads=probes)
     for fit, probe in zip(fits, probes, strict=True):
         for name in ("heads.weight", "heads.bias", "heads.unit"):
             assert torch.equal(fit.state[name], probe.state[name])
         assert fit.prompt.delta.abs().sum() > 0
-    trained = training.fit(backbone, task, replace(method, head="trained"), BUNDLE[:2], RECIPE)
+    trained = training.fit(backbone, task, replace(method, head="trained"), BUNDLE[:2], recipe=RECIPE)
     assert not torch.equal(trained[0].state["heads.weight"], probes[0].state["heads.weight"])
 
 
 @pytest.mark.parametrize("num", [0, 1])
 def test_a_frozen_head_needs_a_fit_for_each_configuration(num: int, task: tasks.Task):
     backbone = tiny.backbone("vit")
-    probes = training.fit(backbone, task, LinearProbe(), BUNDLE[:1], RECIPE)[:num] or None
+    probes = training.fit(backbone, task, LinearProbe(), BUNDLE[:1], recipe=RECIPE)[:num] or None
     method = ActivationPrompting(site="blocks.1:input", head="frozen")
     with pytest.raises(ValueError, match="needs heads=, one fit for each of the 2 configurations"):
-        training.fit(backbone, task, method, BUNDLE[:2], RECIPE, heads=probes)
+        training.fit(backbone, task, method, BUNDLE[:2], recipe=RECIPE, heads=probes)
 
 
 def test_a_frozen_head_of_another_kind_is_an_error(task: tasks.Task):
     backbone, recipe = tiny.backbone("resnet"), replace(RECIPE, num_epochs=1)
-    probes = training.fit(backbone, task, LinearProbe(), BUNDLE[:1], recipe)
+    probes = training.fit(backbone, task, LinearProbe(), BUNDLE[:1], recipe=recipe)
     method = ActivationPrompting(site=SITE["resnet"], head="frozen")
     with pytest.raises(ValueError, match=r"the fits in heads= have a LinearHead; head= asks for a TextHead"):
-        training.fit(backbone, task, method, BUNDLE[:1], recipe, head=HEADS["text"], heads=probes)
+        training.fit(backbone, task, method, BUNDLE[:1], recipe=recipe, head=HEADS["text"], heads=probes)
 
 
 # ---------------------------------------------------------------------------------- kinds of heads
@@ -358,28 +358,46 @@ def source_classifier(num_classes: int = 7) -> nn.Linear:
 
 HEADS = {
     "mapping": heads.LabelMapping(source_classifier(), "iterative"),
+    "mapping once": heads.LabelMapping(source_classifier(), "frequency"),
     "text": heads.TextHead(torch.randn(3, 32, generator=torch.Generator().manual_seed(5)), scale=20.0),
 }
 
 
 def test_a_linear_head_is_what_there_is_by_default(task: tasks.Task):
     method = ActivationPrompting(site=SITE["resnet"])
-    (one,) = training.fit(tiny.backbone("resnet"), task, method, BUNDLE[:1], RECIPE)
-    (other,) = training.fit(tiny.backbone("resnet"), task, method, BUNDLE[:1], RECIPE, head=heads.LinearHead())
+    (one,) = training.fit(tiny.backbone("resnet"), task, method, BUNDLE[:1], recipe=RECIPE)
+    (other,) = training.fit(tiny.backbone("resnet"), task, method, BUNDLE[:1], recipe=RECIPE, head=heads.LinearHead())
     assert_same_fit(one, other, exact=True)
 
 
 @pytest.mark.parametrize("kind", HEADS)
-@pytest.mark.parametrize("method", [ActivationPrompting(site="layer2.0:input"), methods.EVP(), methods.AdaViPro(dim=4)])
+@pytest.mark.parametrize(
+    "method", [ActivationPrompting(site="layer2.0:input"), methods.EVP(rate=0.3), methods.AdaViPro(dim=4)]
+)
 def test_every_prompt_learns_under_every_head(kind: str, method: Method, task: tasks.Task, tmp_path: Path):
-    """Bundled and alone are the same, and a prompt saved with its head gives the same logits when loaded."""
-    backbone, recipe = tiny.backbone("resnet"), replace(RECIPE, num_epochs=2)
-    fits = training.fit(backbone, task, method, BUNDLE[1:3], recipe, head=HEADS[kind])
-    (alone,) = training.fit(backbone, task, method, BUNDLE[2:3], recipe, head=HEADS[kind])
+    """Bundled and alone are the same, and a prompt saved with its head gives the same logits when loaded.
+
+    The untrained twin has the same start and learning rates too small to move by.
+    """
+    backbone, recipe = tiny.backbone("resnet"), replace(RECIPE, num_epochs=4)
+    fits = training.fit(backbone, task, method, BUNDLE[1:3], recipe=recipe, head=HEADS[kind])
+    still = [replace(one, learning_rate=1e-12, weight_decay=0.0) for one in BUNDLE[1:3]]
+    twins = training.fit(backbone, task, method, still, recipe=recipe, head=HEADS[kind])
+    if kind != "mapping":  # an iterative map moves with the prompt, and the loss is then another one
+        assert fits[1].train_curve[-1] < 0.98 * twins[1].train_curve[-1]
+    for fit, twin in zip(fits, twins, strict=True):
+        learned = {
+            name for name in fit.state if name.startswith("edits.") and "norm" not in name and "unit" not in name
+        }
+        assert len(learned) == (5 if isinstance(method, methods.AdaViPro) else 1)
+        for name in learned:
+            assert float((fit.state[name] - twin.state[name]).norm()) > 1e-6 + 1e-3 * float(twin.state[name].norm()), (
+                name
+            )
+    (alone,) = training.fit(backbone, task, method, BUNDLE[2:3], recipe=recipe, head=HEADS[kind])
     assert fits[1].train_curve == pytest.approx(alone.train_curve, rel=1e-3)
     torch.testing.assert_close(fits[1].state, alone.state, rtol=5e-3, atol=5e-4)
     for fit, evaluation in zip(fits, training.evaluate(task, fits), strict=True):
-        assert fit.prompt_norm > 0
         x = reference.normalized(backbone, task.test, fit.split.test)
         loaded = prompts.load(fit.save(tmp_path / "prompt.safetensors"), backbone)
         with torch.no_grad():
@@ -412,17 +430,19 @@ def test_a_mapping_starts_from_all_training_images_however_they_are_chunked(
 def test_tuning_and_halving_keep_the_head(task: tasks.Task):
     backbone, head = tiny.backbone("resnet"), HEADS["text"]
     method, recipe = ActivationPrompting(site="layer2.0:input"), replace(RECIPE, num_epochs=1)
-    fits = training.tune(backbone, task, method, recipe, (1e-2, 3e-2), (0, 1), head=head, max_extensions=0)
+    fits = training.tune(
+        backbone, task, method, recipe=recipe, learning_rates=(1e-2, 3e-2), seeds=(0, 1), head=head, max_extensions=0
+    )
     assert all(fit.head_spec is head for fit in fits)
     with pytest.warns(UserWarning, match="halved"):
-        fits = training.fit(backbone, task, Hungry(site="layer2.0:input"), BUNDLE[:2], recipe, head=head)
+        fits = training.fit(backbone, task, Hungry(site="layer2.0:input"), BUNDLE[:2], recipe=recipe, head=head)
     assert all(fit.head_spec is head for fit in fits)
 
 
 def test_fits_under_different_heads_are_not_evaluated_together(task: tasks.Task):
     fits = [
         training.fit(
-            tiny.backbone("resnet"), task, LinearProbe(), BUNDLE[:1], replace(RECIPE, num_epochs=1), head=head
+            tiny.backbone("resnet"), task, LinearProbe(), BUNDLE[:1], recipe=replace(RECIPE, num_epochs=1), head=head
         )[0]
         for head in (*HEADS.values(), None)
     ]
@@ -451,11 +471,13 @@ def test_fitting_and_tuning_never_look_at_the_test_part(task: tasks.Task):
     with pytest.raises(AssertionError, match="looked at"):
         _ = sealed.test.pixels
     method = ActivationPrompting(site="blocks.1:input")
-    (fit,) = training.fit(tiny.backbone("vit"), task, method, BUNDLE[:1], RECIPE)
-    (blind,) = training.fit(tiny.backbone("vit"), sealed, method, BUNDLE[:1], RECIPE)
+    (fit,) = training.fit(tiny.backbone("vit"), task, method, BUNDLE[:1], recipe=RECIPE)
+    (blind,) = training.fit(tiny.backbone("vit"), sealed, method, BUNDLE[:1], recipe=RECIPE)
     assert_same_fit(fit, blind, exact=True)
-    tuned = training.tune(tiny.backbone("vit"), task, method, RECIPE, (3e-3, 3e-2), (0, 1))
-    blind_tuned = training.tune(tiny.backbone("vit"), sealed, method, RECIPE, (3e-3, 3e-2), (0, 1))
+    tuned = training.tune(tiny.backbone("vit"), task, method, recipe=RECIPE, learning_rates=(3e-3, 3e-2), seeds=(0, 1))
+    blind_tuned = training.tune(
+        tiny.backbone("vit"), sealed, method, recipe=RECIPE, learning_rates=(3e-3, 3e-2), seeds=(0, 1)
+    )
     for one, other in zip(tuned, blind_tuned, strict=True):
         assert_same_fit(one, other, exact=True)
     with pytest.raises(AssertionError, match="looked at"):
@@ -466,8 +488,8 @@ def test_train_and_validation_labels_do_decide(task: tasks.Task):
     """The twin of the test above: what must be seen is seen."""
     labels = task.train.labels.clone()
     swapped = replace(task, train=tasks.Images(task.train.pixels.flip(0), labels))
-    (one,) = training.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[:1], RECIPE)
-    (other,) = training.fit(tiny.backbone("vit"), swapped, LinearProbe(), BUNDLE[:1], RECIPE)
+    (one,) = training.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[:1], recipe=RECIPE)
+    (other,) = training.fit(tiny.backbone("vit"), swapped, LinearProbe(), BUNDLE[:1], recipe=RECIPE)
     assert one.train_curve != other.train_curve
 
 
@@ -476,7 +498,7 @@ def test_validation_chooses_the_epoch(task: tasks.Task):
     recipe = replace(RECIPE, num_epochs=8, optimizer="sgd")
     bundle = [Configuration(learning_rate=rate, seed=seed) for rate in (5e-2, 3e-3) for seed in (0, 1)]
     backbone = tiny.backbone("vit")
-    fits = training.fit(backbone, task, ActivationPrompting(site="blocks.1:input"), bundle, recipe)
+    fits = training.fit(backbone, task, ActivationPrompting(site="blocks.1:input"), bundle, recipe=recipe)
     assert len({fit.epoch for fit in fits}) > 1
     for fit in fits:
         assert fit.validation_accuracy == max(fit.validation_curve) == fit.validation_curve[fit.epoch - 1]
@@ -489,7 +511,7 @@ def test_validation_chooses_the_epoch(task: tasks.Task):
 
 
 def test_choose_takes_the_highest_accuracy_and_breaks_ties_by_loss(task: tasks.Task):
-    (fit,) = training.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[:1], RECIPE)
+    (fit,) = training.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[:1], recipe=RECIPE)
     a = replace(fit, validation_accuracy=50.0, validation_loss=0.1)
     b = replace(fit, validation_accuracy=60.0, validation_loss=0.9)
     c = replace(fit, validation_accuracy=60.0, validation_loss=0.8)
@@ -500,7 +522,7 @@ def test_choose_takes_the_highest_accuracy_and_breaks_ties_by_loss(task: tasks.T
 @pytest.fixture
 def tuned_rates(task: tasks.Task, monkeypatch: pytest.MonkeyPatch) -> dict:
     """`tune` with a `fit` that only says how good each rate is: best at `peak`, falling off on both sides."""
-    (template,) = training.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[:1], RECIPE)
+    (template,) = training.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[:1], recipe=RECIPE)
     calls: dict = {"bundles": [], "heads": [], "peak": 1.0}
 
     def fake(backbone, task, method, configurations, recipe, *, head=None, heads=None, cache=None):  # type: ignore[no-untyped-def]
@@ -531,7 +553,9 @@ def test_a_choice_at_the_edge_extends_the_grid_by_its_ratio(
     peak: float, extensions: list[float], chosen: float, tuned_rates: dict, task: tasks.Task
 ):
     tuned_rates["peak"] = peak
-    fits = training.tune(tiny.backbone("vit"), task, LinearProbe(), RECIPE, (4.0, 1.0, 2.0), (3, 4, 5))
+    fits = training.tune(
+        tiny.backbone("vit"), task, LinearProbe(), recipe=RECIPE, learning_rates=(4.0, 1.0, 2.0), seeds=(3, 4, 5)
+    )
     first, *more, last = tuned_rates["bundles"]
     assert first == [(1.0, 3), (2.0, 3), (4.0, 3)]
     assert more == [[(rate, 3)] for rate in extensions]
@@ -540,28 +564,32 @@ def test_a_choice_at_the_edge_extends_the_grid_by_its_ratio(
 
 
 def test_a_grid_of_one_rate_is_not_extended(tuned_rates: dict, task: tasks.Task):
-    (fit,) = training.tune(tiny.backbone("vit"), task, LinearProbe(), RECIPE, (0.1,), (0,))
+    (fit,) = training.tune(tiny.backbone("vit"), task, LinearProbe(), recipe=RECIPE, learning_rates=(0.1,), seeds=(0,))
     assert tuned_rates["bundles"] == [[(0.1, 0)]]
     assert fit.configuration.learning_rate == 0.1
 
 
 def test_each_seed_gets_its_own_frozen_head(tuned_rates: dict, task: tasks.Task):
-    (probe,) = training.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[:1], RECIPE)
+    (probe,) = training.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[:1], recipe=RECIPE)
     probes = [replace(probe, configuration=Configuration(seed=seed)) for seed in (0, 1, 2)]
     tuned_rates["heads"].clear()
     tuned_rates["peak"] = 2.0
     method = ActivationPrompting(site="blocks.1:input", head="frozen")
-    training.tune(tiny.backbone("vit"), task, method, RECIPE, (1.0, 2.0, 4.0), (0, 1, 2), heads=probes)
+    training.tune(
+        tiny.backbone("vit"), task, method, recipe=RECIPE, learning_rates=(1.0, 2.0, 4.0), seeds=(0, 1, 2), heads=probes
+    )
     assert [[fit.configuration.seed for fit in given] for given in tuned_rates["heads"]] == [[0, 0, 0], [1, 2]]
 
 
 def test_tuned_fits_are_those_of_the_chosen_rate(task: tasks.Task):
     method = ActivationPrompting(site="blocks.1:input")
-    fits = training.tune(tiny.backbone("vit"), task, method, RECIPE, (3e-3, 1e-2, 3e-2), (0, 1))
+    fits = training.tune(
+        tiny.backbone("vit"), task, method, recipe=RECIPE, learning_rates=(3e-3, 1e-2, 3e-2), seeds=(0, 1)
+    )
     assert [fit.configuration.seed for fit in fits] == [0, 1]
     assert len({fit.configuration.learning_rate for fit in fits}) == 1
     for fit in fits:
-        assert_same_fit(fit, training.fit(tiny.backbone("vit"), task, method, [fit.configuration], RECIPE)[0])
+        assert_same_fit(fit, training.fit(tiny.backbone("vit"), task, method, [fit.configuration], recipe=RECIPE)[0])
 
 
 # ---------------------------------------------------------------------------------- memory, determinism, precision
@@ -592,32 +620,34 @@ def test_a_bundle_that_does_not_fit_memory_is_halved_and_gives_the_same(
 ):
     hungry = Hungry(site="blocks.1:input", most=1, error=error, message=message)
     with pytest.warns(UserWarning, match=r"bundle of . configurations does not fit the memory .*; halved") as caught:
-        fits = training.fit(tiny.backbone("vit"), task, hungry, BUNDLE[:3], RECIPE)
+        fits = training.fit(tiny.backbone("vit"), task, hungry, BUNDLE[:3], recipe=RECIPE)
     assert [str(warning.message)[12] for warning in caught] == ["3", "2"]
     assert [fit.configuration for fit in fits] == BUNDLE[:3]
-    whole = training.fit(tiny.backbone("vit"), task, ActivationPrompting(site="blocks.1:input"), BUNDLE[:3], RECIPE)
+    whole = training.fit(
+        tiny.backbone("vit"), task, ActivationPrompting(site="blocks.1:input"), BUNDLE[:3], recipe=RECIPE
+    )
     for one, other in zip(fits, whole, strict=True):
         assert_same_fit(one, other)
 
 
 def test_halving_keeps_each_configuration_with_its_head(task: tasks.Task):
-    probes = training.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[:3], RECIPE)
+    probes = training.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[:3], recipe=RECIPE)
     hungry = Hungry(site="blocks.1:input", head="frozen")
     with pytest.warns(UserWarning, match="halved"):
-        fits = training.fit(tiny.backbone("vit"), task, hungry, BUNDLE[:3], RECIPE, heads=probes)
+        fits = training.fit(tiny.backbone("vit"), task, hungry, BUNDLE[:3], recipe=RECIPE, heads=probes)
     for fit, probe in zip(fits, probes, strict=True):
         assert torch.equal(fit.state["heads.weight"], probe.state["heads.weight"])
 
 
 def test_a_single_configuration_that_does_not_fit_says_the_way_out(task: tasks.Task):
     with pytest.raises(MemoryError, match=r"one configuration .* use a smaller recipe.batch_size \(now 16\)"):
-        training.fit(tiny.backbone("vit"), task, Hungry(site="blocks.1:input", most=0), BUNDLE[:1], RECIPE)
+        training.fit(tiny.backbone("vit"), task, Hungry(site="blocks.1:input", most=0), BUNDLE[:1], recipe=RECIPE)
 
 
 def test_another_error_is_not_taken_for_want_of_memory(task: tasks.Task):
     broken = Hungry(site="blocks.1:input", error=RuntimeError, message="shapes do not match")
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        training.fit(tiny.backbone("vit"), task, broken, BUNDLE[:2], RECIPE)
+        training.fit(tiny.backbone("vit"), task, broken, BUNDLE[:2], recipe=RECIPE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -634,10 +664,10 @@ class Asking(ActivationPrompting):
 @pytest.mark.parametrize("wanted", [True, False])
 def test_determinism_is_asked_for_and_given_back(wanted: bool, task: tasks.Task):
     recipe, method = replace(RECIPE, deterministic=wanted), Asking(site="blocks.1:input", answers=([],))
-    training.fit(tiny.backbone("vit"), task, method, BUNDLE[:1], recipe)
+    training.fit(tiny.backbone("vit"), task, method, BUNDLE[:1], recipe=recipe)
     assert not torch.are_deterministic_algorithms_enabled()
     with pytest.raises(ZeroDivisionError):
-        training.fit(tiny.backbone("vit"), task, replace(method, rate=-1.0), BUNDLE[:1], recipe)
+        training.fit(tiny.backbone("vit"), task, replace(method, rate=-1.0), BUNDLE[:1], recipe=recipe)
     assert not torch.are_deterministic_algorithms_enabled()
     assert method.answers[0] == [wanted, wanted]
 
@@ -646,7 +676,7 @@ def test_a_process_that_wants_determinism_keeps_it(task: tasks.Task):
     method = Asking(site="blocks.1:input", answers=([],))
     torch.use_deterministic_algorithms(True)
     try:
-        training.fit(tiny.backbone("vit"), task, method, BUNDLE[:1], RECIPE)
+        training.fit(tiny.backbone("vit"), task, method, BUNDLE[:1], recipe=RECIPE)
         assert torch.are_deterministic_algorithms_enabled()
         assert method.answers[0] == [True]
     finally:
@@ -659,8 +689,8 @@ def test_precision_is_what_the_recipe_says(task: tasks.Task):
         with torch.no_grad(), training.autocast(backbone, precision):
             assert sites.capture(backbone, ["blocks.1.mlp.fc1"], x)["blocks.1.mlp.fc1"].dtype == dtype
     recipe = replace(RECIPE, precision="bfloat16")
-    (rough,) = training.fit(backbone, task, ActivationPrompting(site="blocks.1:input"), BUNDLE[:1], recipe)
-    (fine,) = training.fit(backbone, task, ActivationPrompting(site="blocks.1:input"), BUNDLE[:1], RECIPE)
+    (rough,) = training.fit(backbone, task, ActivationPrompting(site="blocks.1:input"), BUNDLE[:1], recipe=recipe)
+    (fine,) = training.fit(backbone, task, ActivationPrompting(site="blocks.1:input"), BUNDLE[:1], recipe=RECIPE)
     assert rough.train_curve == pytest.approx(fine.train_curve, rel=0.05)
     assert rough.train_curve != fine.train_curve
     assert all(value.dtype == torch.float32 for value in rough.state.values())
@@ -674,7 +704,7 @@ def test_precision_is_what_the_recipe_says(task: tasks.Task):
 def test_the_exported_model_predicts_what_evaluate_counts(family: str, shape: str, task: tasks.Task, tmp_path):
     backbone = tiny.backbone(family)
     method = ActivationPrompting(site=SITE[family], shape=shape)
-    fits = training.fit(backbone, task, method, BUNDLE[:3], RECIPE)
+    fits = training.fit(backbone, task, method, BUNDLE[:3], recipe=RECIPE)
     for fit, evaluation in zip(fits, training.evaluate(task, fits), strict=True):
         x = reference.normalized(backbone, task.test, fit.split.test)
         labels = task.test.labels[fit.split.test]
@@ -690,17 +720,17 @@ def test_norms_are_in_the_units_of_the_activation(task: tasks.Task):
     backbone = tiny.backbone("resnet")
     for shape in ("full", "channel"):
         method = ActivationPrompting(site="layer2.0:input", shape=shape)
-        (fit,) = training.fit(backbone, task, method, BUNDLE[:1], RECIPE)
+        (fit,) = training.fit(backbone, task, method, BUNDLE[:1], recipe=RECIPE)
         z = reference.see(backbone, reference.normalized(backbone, task.train, fit.split.train), "layer2.0:input")
         assert fit.prompt_norm == pytest.approx(float(fit.prompt.delta.expand(z.shape[1:]).norm()), rel=1e-5)
         assert fit.relative_norm == pytest.approx(fit.prompt.relative_norm(z), rel=1e-4)
         assert fit.prompt_norm > 0
-    (probe,) = training.fit(backbone, task, LinearProbe(), BUNDLE[:1], RECIPE)
+    (probe,) = training.fit(backbone, task, LinearProbe(), BUNDLE[:1], recipe=RECIPE)
     assert probe.prompt_norm == probe.relative_norm == 0
 
 
 def test_a_fit_without_a_prompt_says_so(task: tasks.Task):
-    (probe,) = training.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[:1], RECIPE)
+    (probe,) = training.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[:1], recipe=RECIPE)
     with pytest.raises(ValueError, match="the method 'linear' has no prompt"):
         _ = probe.model
 
@@ -710,7 +740,7 @@ def test_the_last_batch_may_be_smaller_and_every_image_is_seen_once_an_epoch(tas
     orders = training._order(torch.arange(37), 3, 0), training._order(torch.arange(37), 3, 1)
     assert sorted(orders[0].tolist()) == sorted(orders[1].tolist()) == list(range(37))
     assert orders[0].tolist() != orders[1].tolist()
-    (fit,) = training.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[:1], recipe)
+    (fit,) = training.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[:1], recipe=recipe)
     plain = reference.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[0], recipe)
     assert len(fit.split.train) == 37
     assert fit.train_curve == pytest.approx(plain.train_curve, rel=1e-4)
@@ -718,13 +748,13 @@ def test_the_last_batch_may_be_smaller_and_every_image_is_seen_once_an_epoch(tas
 
 def test_all_images_are_used_when_no_number_is_given(task: tasks.Task):
     recipe = replace(RECIPE, num_train=None, num_validation=6, num_test=None, num_epochs=1)
-    (fit,) = training.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[:1], recipe)
+    (fit,) = training.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[:1], recipe=recipe)
     assert (len(fit.split.train), len(fit.split.validation), len(fit.split.test)) == (54, 6, 30)
 
 
 def test_a_class_missing_from_train_is_an_error(task: tasks.Task):
     with pytest.raises(ValueError, match="raise num_train"):
-        training.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[:1], replace(RECIPE, num_train=2))
+        training.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[:1], recipe=replace(RECIPE, num_train=2))
 
 
 def test_defaults_are_one_configuration_and_the_default_recipe():

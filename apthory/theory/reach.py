@@ -106,12 +106,13 @@ class Problem:
         _positive(batch_size=batch_size)
         return min(math.floor(self.deficit * batch_size / Fraction(lift)) + 1, self.visits(lift, batch_size))
 
-    def is_lasting(self, lift: Real) -> bool:
+    def is_lasting(self, lift: Real, batch_size: int = 1) -> bool:
         """Whether negative samples never undo a repair: then, and only then, training is counting.
 
-        The largest lift, ``m * lift``, must leave the margin of negatives: be at most b + kappa - xi.
+        The largest lift must leave the margin of negatives: be at most b + kappa - xi. It is that of a window one visit
+        short of its repair that is visited by a whole batch: ``(m - 1 + batch_size) * lift / batch_size``.
         """
-        largest = self.visits(lift) * Fraction(lift)
+        largest = (self.visits(lift, batch_size) - 1 + batch_size) * Fraction(lift) / batch_size
         return largest <= Fraction(self.nuisance) + Fraction(self.signal) - Fraction(self.margin)
 
 

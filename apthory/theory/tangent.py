@@ -320,12 +320,28 @@ def label_kernel(labels: Int64[Tensor, " example"]) -> Float[Tensor, "example ex
 
 
 def alignment(first: Float[Tensor, "example example"], second: Float[Tensor, "example example"]) -> float:
-    """Cosine of two centred kernels, from -1 to 1; 0 where one of them is constant (Cortes et al. 2012)."""
-    one, two = (_centred(kernel.double()) for kernel in (first, second))
-    size = float(one.norm() * two.norm())
-    return float((one * two).sum()) / size if size else 0.0
+    """Cosine of two kernels centred without bias, from -1 to 1; 0 where one of them is constant.
+
+    Centred alignment (Cortes et al. 2012) of an example with itself tells nothing, but on few examples makes most of
+    the value. So the diagonal is left out, and means are those of pairs of different examples (Székely and Rizzo 2014):
+    labels that have nothing to do with a kernel align with it by zero in the mean.
+
+    Raises:
+        ValueError: If there are fewer than four examples.
+    """
+    if len(first) < 4:
+        raise ValueError(f"alignment of kernels of {len(first)} examples; give at least four")
+    one, two = _centred(first.double()), _centred(second.double())
+    if one is None or two is None:
+        return 0.0
+    return float((one * two).sum() / (one.norm() * two.norm()))
 
 
-def _centred(kernel: Float[Tensor, "example example"]) -> Float[Tensor, "example example"]:
-    rows = kernel - kernel.mean(0)
-    return rows - rows.mean(1, keepdim=True)
+def _centred(kernel: Float[Tensor, "example example"]) -> Float[Tensor, "example example"] | None:
+    """A kernel whose rows, without the diagonal, have the mean zero; none if it was constant but for rounding."""
+    num = len(kernel)
+    kernel = kernel - kernel.diagonal().diag()
+    rows = kernel.sum(1) / (num - 2)
+    centred = kernel - rows - rows[:, None] + kernel.sum() / ((num - 1) * (num - 2))
+    centred = centred - centred.diagonal().diag()
+    return centred if float(centred.norm()) > 1e-6 * float(kernel.norm()) else None

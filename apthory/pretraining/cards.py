@@ -1,0 +1,182 @@
+"""Model cards: what is known of a weight file, as JSON and as text made from it; and which files ship."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from apthory import backbones, records
+
+MAX_STAGES = 8_000_000  # bytes of all shipped files from before the end of training, together
+_ENDINGS = (".safetensors", ".json", ".md")
+
+
+def write(card: Mapping[str, Any], weights: Path) -> None:
+    """Write the card of a weight file beside it, as JSON and as Markdown."""
+    records.write_atomically(weights.with_suffix(".json"), json.dumps(card, indent=2).encode() + b"\n")
+    records.write_atomically(weights.with_suffix(".md"), text(card).encode())
+
+
+def read(weights: Path) -> dict[str, Any]:
+    """The card of a weight file.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    path = weights.with_suffix(".json")
+    if not path.is_file():
+        raise ValueError(f"{weights.name} has no model card {path.name} beside it; export it with `apthory pretrain`")
+    return json.loads(path.read_text("utf-8"))
+
+
+def curve(card: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What was recorded after each epoch of all runs that made the weights, epochs counted from the first run's."""
+    points, done = [], 0
+    for run in (*card.get("before", []), card):
+        points += [{**point, "epoch": done + point["epoch"]} for point in run["curve"]]
+        done += run.get("epoch", 0)
+    return points
+
+
+def num_epochs(card: Mapping[str, Any]) -> int:
+    """Of all runs that made the weights."""
+    return card["epochs"] + sum(run["epoch"] for run in card.get("before", []))
+
+
+def text(card: Mapping[str, Any]) -> str:
+    """The card in Markdown."""
+    file, test, data, epochs = card["file"], card["test"], card["data"], card["recipe"]["epochs"]
+    hours = f", {card['hours']:.1f} hours of wall clock" if card["hours"] else ""
+    runs = card.get("before", [])
+    start = f"the weights of an earlier run ({runs[-1]['epoch']} epochs, below)" if runs else "random weights"
+    return f"""# {Path(file["name"]).stem}
+
+`{file["name"]}`: {card["parameters"]:,} parameters ({file["weights"]}) in float16, running variances in float32, after
+{card["epochs"]} of {epochs} epochs from {start}{hours}.
+
+**Top-1 {test["top1"]:.2%}** on the {test["images"]:,} test images of `{data["name"]}` ({data["classes"]}
+classes). Nothing was chosen on them; the curve is of images held out of train.
+
+{card["note"]}
+
+## Data
+{_pairs(data)}
+
+## Recipe
+{_pairs(card["recipe"])}
+
+## Hardware and versions
+{_pairs(card["environment"])}
+
+## Curve
+{_table(card["curve"]) or "Not recorded."}
+""" + "".join(_earlier(run) for run in reversed(runs))
+
+
+def problems(weights: Path) -> list[str]:
+    """Say how a weight file of ours and its card's JSON disagree; empty if they do not."""
+    try:
+        card = read(weights)
+        if card["file"]["sha256"] != hashlib.sha256(weights.read_bytes()).hexdigest():
+            return [f"{weights.name} is not the file of its card: the SHA-256 differs"]
+        num_classes = card["data"]["classes"]
+        model = backbones.load(card["backbone"], weights=weights, num_classes=num_classes, device="cpu")
+    except ValueError as error:  # no card, or other shapes
+        return [str(error)]
+    _, _, tag = weights.stem.partition(".")
+    facts = {
+        "name": (card["file"]["name"], weights.name),
+        "number of parameters": (card["parameters"], sum(parameter.numel() for parameter in model.parameters())),
+        "side of the images": (card["recipe"]["size"], backbones.input_size(model)),
+        "epochs": (f"epoch-{card['epochs']:04d}", tag or f"epoch-{card['recipe']['epochs']:04d}"),
+    }
+    return [
+        f"{weights.name}: the {name} of its card, {said!r}, is not that of the file, {true!r}"
+        for name, (said, true) in facts.items()
+        if said != true
+    ]
+
+
+def ship(files: Sequence[Path], folder: Path | None = None) -> list[Path]:
+    """Put exported weights into the package, each with its card, in place of all that it has of these backbones.
+
+    Args:
+        files: ``NAME.safetensors`` of each backbone, and of the epochs that ship beside it.
+        folder: Instead of the package's own.
+
+    Returns:
+        The weight files written.
+
+    Raises:
+        ValueError: If a file and its card disagree, the card has no note on the licence, epochs are of another run or
+            take too much room, or `backbones.load` would start from other random weights than the run did.
+    """
+    folder = folder or backbones.shipped_folder()
+    cards = {path: _accepted(path) for path in map(Path, files)}
+    for path, card in cards.items():
+        last = next((other for other in cards if other.stem == card["backbone"]), None)
+        if last is None:
+            raise ValueError(f"{path.name} without {card['backbone']}.safetensors, the end of its run; give both")
+        if differing := [part for part in ("recipe", "data") if card[part] != cards[last][part]]:
+            raise ValueError(f"{path.name} and {last.name} are of two runs: they differ in {' and '.join(differing)}")
+    replaced = {card["backbone"] for card in cards.values()}
+    there = {path for path in folder.glob("*.*") if path.name.partition(".")[0] in replaced}
+    stages = [*cards, *(path for path in folder.glob("*.safetensors") if path not in there)]
+    sizes = {path.name: path.stat().st_size for path in stages if "." in path.stem}
+    if sum(sizes.values()) > MAX_STAGES:
+        sizes_said = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items())
+        raise ValueError(f"epochs may take {MAX_STAGES / 1e6:.0f} MB together, not {sizes_said}; leave one out")
+    written = []
+    for path, card in cards.items():
+        content, target = path.read_bytes(), folder / path.name
+        write(card, target)
+        records.write_atomically(target, content)
+        written.append(target)
+    for path in there - {target.with_suffix(ending) for target in written for ending in _ENDINGS}:
+        path.unlink()
+    return written
+
+
+def command(
+    files: Annotated[list[Path], typer.Argument(help="NAME.safetensors, NAME.epoch-0008.safetensors, ...")],
+) -> None:
+    """Put exported weights into the package, with their cards, in place of those that it has of these backbones."""
+    for path in ship(files):
+        card = read(path)
+        typer.echo(f"{path.name}: top-1 {card['test']['top1']:.2%} on {card['test']['images']:,} test images")
+
+
+def _accepted(path: Path) -> dict[str, Any]:
+    """The card of a file that may ship."""
+    card = read(path)
+    if card["backbone"] not in backbones.SHIPPED:
+        raise ValueError(f"{path.name} is of {card['backbone']!r}; those that ship are {', '.join(backbones.SHIPPED)}")
+    if found := problems(path):
+        raise ValueError("; ".join(found))
+    if not card["note"].strip():
+        raise ValueError(f"the card of {path.name} has no note; say the licence of the data: `apthory pretrain --note`")
+    if (seed := card["recipe"]["seed"]) != 0:
+        raise ValueError(f"{path.name} began from seed {seed}, but {card['backbone']}.random is the start of seed 0")
+    return card
+
+
+def _earlier(run: Mapping[str, Any]) -> str:
+    return f"""
+## The run before: {run["epoch"]} epochs, {run["hours"]:.1f} hours
+{_pairs(run["recipe"])}
+
+{_table(run["curve"])}
+"""
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    cells = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)] if rows else []
+    lines = ([f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return _table([{"name": name, "value": value} for name, value in values.items()])
