@@ -65,8 +65,8 @@ def start(name: str, num_classes: int = 0, seed: int = 0, **kwargs: Any) -> nn.M
 def stages(name: str) -> tuple[str, ...]:
     """Names of a shipped backbone for `load`, in the order of its training, from random weights to the last.
 
-    ``vit_micro.random`` is the start of training, ``vit_micro.epoch-0008`` what it was after eight epochs (there are
-    only those epochs whose weights ship), ``vit_micro`` what became of it.
+    ``vit_micro.random`` is the start of training, ``vit_micro.epoch-0008`` what it was after eight epochs of its last
+    run (there are only those epochs whose weights ship), ``vit_micro`` what became of it.
     """
     kept = sorted(path.stem for path in shipped_folder().glob(f"{name}.epoch-*.safetensors"))
     return (f"{name}.random", *kept, name)
@@ -115,6 +115,8 @@ def load(
     """
     family, tag = _split(name)
     is_ours = family in SHIPPED and pretrained and weights is None
+    if tag and not is_ours:
+        raise ValueError(f"{name!r} names weights by itself; give it alone, or {family!r} with weights= or pretrained=")
     if is_ours and tag != "random":
         weights = _shipped(name)
     if is_ours or weights is not None or not pretrained:
@@ -257,8 +259,11 @@ def _split(name: str) -> tuple[str, str]:
 def _shipped(name: str) -> Path:
     path = shipped_folder() / f"{name}.safetensors"
     if not path.is_file():
-        known = ", ".join(stage for family in SHIPPED for stage in stages(family))
-        raise ValueError(f"no weights of {name!r} ship with the package; there are {known}")
+        known = ", ".join(stage for family in SHIPPED for stage in stages(family)[1:])
+        starts = ", ".join(f"{family}.random" for family in SHIPPED)
+        raise ValueError(
+            f"no file of {name!r} ships with the package; there are {known} (and {starts}, which need none)"
+        )
     return path
 
 

@@ -81,7 +81,8 @@ def run_study(study: Study, folder: Path, executor: Executor | None = None) -> p
 def recorded(study: Study, folder: Path) -> pd.DataFrame | None:
     """The table of `run_study` where every cell has its record, without the data and weights; None where one lacks."""
     named = _shared(cells(study))
-    found = {_key(one.config): one for one in records.load_all(folder) if not records.superseded(one)}
+    names = (f"{function.__module__}.{function.__qualname__}" for function in (sweeps.run_cell, run_shifted))
+    found = sweeps.by_config(one for name in names for one in records.load_all(folder, name))
     is_whole = bool(named) and all(_key(config) in found for _, config, _ in named)
     return _tidy(study, named, found) if is_whole else None
 

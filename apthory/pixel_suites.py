@@ -181,20 +181,6 @@ def _small() -> dict[str, Study]:
     }
 
 
-def _paper() -> dict[str, Study]:
-    recipe = training.Recipe(num_epochs=40, batch_size=64, num_train=1000, num_validation=200, num_test=1000)
-    protocol = sweeps.Protocol(recipe=recipe, seeds=(0, 1, 2, 3, 4), control_seeds=(0, 1, 2, 3, 4))
-    every = tuple(f"transformer.resblocks.{index}:input" for index in range(12))
-    return {
-        "clip": _clip(
-            backbones=(CLIP,),
-            tasks=("cifar10", "dtd10", "pacs", "caltech101", "trashnet", "sign_digits"),
-            protocol=protocol,
-            places={CLIP["name"]: (*every, "transformer.resblocks.11:output")},
-        )
-    }
-
-
 def _clip(**fields: Any) -> Study:
     """Prompts on images and inside CLIP's image tower with the head in words, beside a linear probe."""
     fields = {"places": PLACES, **fields}
@@ -204,4 +190,4 @@ def _clip(**fields: Any) -> Study:
     }
 
 
-STUDIES: dict[str, dict[str, Study]] = {"embedded": _embedded(), "small": _small(), "paper": _paper()}
+STUDIES: dict[str, dict[str, Study]] = {"embedded": _embedded(), "small": _small()}

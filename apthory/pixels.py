@@ -72,6 +72,8 @@ class Layout:
                 f"a {self.place} of {self.width} pixels around an image leaves nothing of {self.size} pixels for the "
                 f"image; take a frame of 1 to {(self.size - 1) // 2}, or around=False to lay it on the image"
             )
+        if self.around and self.region is not None:
+            raise ValueError("regions lie on the image, not around it; take around=False or region=None")
         if self.region is not None and self.region not in _divisors(self.size):
             fault = "is larger than" if self.region > self.size else "does not tile"
             raise ValueError(

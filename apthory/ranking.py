@@ -182,6 +182,8 @@ class _Tangents:
 
     def _drop_silent(self) -> None:
         """Leave out, with a warning, the sites where nothing is measured: a prompt has no activation to be held by."""
+        if uncalled := [site for site in self.places if site not in self.units]:
+            raise ValueError(f"the backbone never calls the module of site {uncalled[0]!r}; leave it out of places")
         if lost := [site for site, norm in self.norms.items() if not math.isfinite(norm)]:
             raise ValueError(f"the activation at site {lost[0]!r} is not finite; check the weights and the images")
         if silent := [site for site, norm in self.norms.items() if norm == 0]:

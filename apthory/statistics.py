@@ -33,7 +33,7 @@ def paired_difference(first: pd.DataFrame, second: pd.DataFrame, *, num_draws: i
     cancels. The mean weighs tasks equally.
 
     Args:
-        first: Columns task, seed and correct (a number from 0 to 1 for each test image), one row for each pair.
+        first: Columns task, seed and correct (a number for each test image, 0 and 1 as a rule), one row for each pair.
         second: Likewise.
     """
     both = first.merge(second, on=["task", "seed"], suffixes=("_first", "_second"), validate="one_to_one")
@@ -146,7 +146,13 @@ def over_tasks(values: Sequence[float]) -> Estimate:
 def spearman(
     depth: Float[np.ndarray, " site"] | pd.Series, accuracy: Float[np.ndarray, "*draw site"] | pd.Series
 ) -> Float[np.ndarray, "*draw"] | float:
-    """Rank correlation over the last axis; 0 where all accuracies are equal. Equal values share their mean rank."""
+    """Rank correlation over the last axis; 0 where all accuracies are equal. Equal values share their mean rank.
+
+    Raises:
+        ValueError: If a value is not a number, and so has no rank.
+    """
+    if np.isnan(depth).any() or np.isnan(accuracy).any():
+        raise ValueError("a value to rank is not a number; leave out the sites that were not measured")
     ranks = (stats.rankdata(values, axis=-1) for values in (depth, accuracy))
     x, y = (rank - (rank.shape[-1] + 1) / 2 for rank in ranks)
     # Divided as `numpy.corrcoef` does: scipy's own, which takes one pair at a time, gives the same bits.

@@ -26,6 +26,7 @@ from torch import nn
 from apthory import (
     backbones,
     clip,
+    determinism,
     diversity,
     heads,
     methods,
@@ -40,7 +41,20 @@ from apthory import (
 )
 from apthory.progress import progress
 
-_SOURCES = (tracing, sites, prompts, pixels, regions, diversity, methods, heads, training, backbones, tasks)
+_SOURCES = (
+    determinism,
+    tracing,
+    sites,
+    prompts,
+    pixels,
+    regions,
+    diversity,
+    methods,
+    heads,
+    training,
+    backbones,
+    tasks,
+)
 SMALL_TASKS = ("cifar10", "gtsrb", "caltech101", "dtd10", "pacs", "rsscn7", "sign_digits", "trashnet")
 MOBILENET = {
     "name": "mobilenetv2_100",
@@ -221,8 +235,12 @@ def fetch_all(
     known = [_recorded(config, folder, function) for config in progress(configs, desc="records")]
     pairs = zip(configs, known, strict=True)
     futures = [executor.submit(fetch, config, folder, function) for config, record in pairs if record is None]
-    for future in progress(as_completed(futures), desc="cells", total=len(futures)):
-        future.result()  # the first failure ends the sweep; what is done stays recorded
+    try:
+        for future in progress(as_completed(futures), desc="cells", total=len(futures)):
+            future.result()  # the first failure ends the sweep; what is done stays recorded
+    finally:
+        for future in futures:  # an executor that is left computes all that still waits
+            future.cancel()
     computed = (future.result() for future in futures)
     return [record or next(computed) for record in known]
 
@@ -461,10 +479,27 @@ def _fit_random(
     return fits
 
 
+def by_config(found: Iterable[records.Record]) -> dict[str, records.Record]:
+    """Records that hold, by configuration.
+
+    Raises:
+        ValueError: If two are of one configuration, but of other data or weights: which one is meant, only these tell.
+    """
+    several: dict[str, records.Record] = {}
+    for record in found:
+        if not records.superseded(record):
+            other = several.setdefault(json.dumps(record.config, sort_keys=True), record)
+            if other.key != record.key:
+                raise ValueError(
+                    f"records {other.key[:12]} and {record.key[:12]} are of one configuration, but of other data or "
+                    "weights; remove the one that no longer counts, or give the data (APTHORY_DATA)"
+                )
+    return several
+
+
 @lru_cache(maxsize=4)
 def _by_config(folder: Path, name: str) -> dict[str, records.Record]:
-    found = records.load_all(folder, name)
-    return {json.dumps(r.config, sort_keys=True): r for r in found if not records.superseded(r)}
+    return by_config(records.load_all(folder, name))
 
 
 @lru_cache(maxsize=4)

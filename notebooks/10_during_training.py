@@ -7,7 +7,7 @@
 # ---
 
 # %% [markdown]
-# # The layer preference comes with training
+# # Does the layer preference come with training?
 #
 # Does a backbone prefer prompts in some layers because of its architecture, or because of what it learned? Here the
 # activation prompts of notebook 03 are trained on the backbone as it was at several stages of its own training: at
@@ -110,6 +110,7 @@ with figures.theme(width=1.0, rows=2):
     axes[0, 0].set_ylabel("accuracy (%)")
     axes[1, 0].set_ylabel("accuracy minus\nlinear probe (points)")
     handles = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    handles["linear probe"] = plt.Line2D([], [], color="black", ls=":", lw=0.8)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
     figures.save(figure, "10_accuracy_by_site", made_from, by_site, suite=suite)
 
@@ -156,7 +157,8 @@ pd.DataFrame(chosen).T
 # ## Judgement
 #
 # Trained minus random weights, per task, on the same splits and test images; intervals are 95 %, from a bootstrap over
-# tasks, seeds and images (Q-82: over tasks).
+# tasks, seeds and images (Q-82: over tasks). Two tasks, as in the embedded suite, leave one degree of freedom: their
+# intervals reach beyond what a correlation can be, and decide nothing.
 
 # %%
 judge = notebooks.Judge(suite)
@@ -172,9 +174,10 @@ for name in names:
     judge("Q-80.vit" if name.startswith("vit") else "Q-80.cnn", moved, rows=[last, first], **scope)
 
     gains = [stage_study.gain(rows[stage], probes[probes["stage"] == stage]) for stage in ("last", "random")]
-    judge("Q-81", statistics.paired_difference(*gains), rows=[last, first, probes], **scope)
+    ends = probes[probes["stage"].isin(["last", "random"])]
+    judge("Q-81", statistics.paired_difference(*gains), rows=[last, first, ends], **scope)
 
-    for stage in rows.keys() - {"random", "last"}:
+    for stage in [stage for stage in stages if stage in rows and stage not in ("random", "last")]:
         alike = statistics.over_tasks(stage_study.agreement(rows[stage], last))
         early = scope | {"backbones": [f"{name}.{stage}", name], "tag": f"{name}-{stage}"}
         judge("Q-82", alike, rows=[rows[stage], last], **early)

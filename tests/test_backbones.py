@@ -88,7 +88,7 @@ def test_stages_go_from_random_weights_to_the_last_and_can_be_loaded(name: str):
 def test_weights_that_do_not_ship_name_those_that_do():
     for verb in (backbones.load, backbones.classifier, backbones.card):
         with pytest.raises(
-            ValueError, match=r"no weights of 'vit_micro.best' ship .* are vit_micro.random, .*vit_micro, "
+            ValueError, match=r"no file of 'vit_micro.best' ships .* are vit_micro, .* \(and vit_micro.random, "
         ):
             verb("vit_micro.best")
     with pytest.raises(ValueError, match=r"no backbone 'vit_mini.random'"):
@@ -360,9 +360,20 @@ def test_a_linear_probe_is_neither_hopeless_nor_perfect_on_embedded_tasks(task: 
     data = apthory.load_task(task, backbones.input_size(backbone))
     recipe = apthory.Recipe(num_train=400, num_validation=100, num_test=500)
     configurations = [apthory.Configuration(learning_rate=rate) for rate in (4e-3, 1.6e-2, 6.4e-2)]
-    fits = apthory.fit(backbone, data, apthory.LinearProbe(), configurations, recipe)
+    fits = apthory.fit(backbone, data, apthory.LinearProbe(), configurations, recipe=recipe)
     accuracy = max(evaluation.accuracy for evaluation in apthory.evaluate(data, fits))
     assert 40 <= accuracy <= 90
+
+
+@pytest.mark.parametrize("given", [{"pretrained": False}, {"weights": "other.safetensors"}])
+def test_a_name_of_a_stage_takes_no_other_weights(given):
+    with pytest.raises(ValueError, match=r"'vit_micro.random' names weights by itself; give it alone, or 'vit_micro'"):
+        backbones.load("vit_micro.random", **given)
+
+
+def test_random_weights_have_no_card():
+    with pytest.raises(ValueError, match=r"no file of 'vit_micro.random' ships with the package; there are vit_micro"):
+        backbones.card("vit_micro.random")
 
 
 def test_an_input_size_that_a_vit_is_not_laid_out_for_is_an_error():

@@ -262,10 +262,10 @@ def test_a_prompt_learns_through_a_mapped_head(how, tmp_path: Path):
     method = apthory.ActivationPrompting(site="layer2.0:input", rate=1.0)
     recipe = apthory.Recipe(num_epochs=4, num_train=48, num_validation=24, num_test=24, precision="float32")
     rates = [apthory.Configuration(learning_rate=rate) for rate in (1e-2, 3e-2)]
-    fits = apthory.fit(backbone, task, method, rates, recipe, head=spec)
+    fits = apthory.fit(backbone, task, method, rates, recipe=recipe, head=spec)
     assert fits[1].train_curve[-1] < fits[1].train_curve[0]
     assert sorted(name for name in fits[0].state if name.startswith("heads.")) == ["heads.map"]
-    (alone,) = apthory.fit(backbone, task, method, rates[1:], recipe, head=spec)
+    (alone,) = apthory.fit(backbone, task, method, rates[1:], recipe=recipe, head=spec)
     assert torch.equal(alone.state["heads.map"], fits[1].state["heads.map"])
     torch.testing.assert_close(alone.state["edits.prompt.values"], fits[1].state["edits.prompt.values"])
     evaluations = apthory.evaluate(task, fits)

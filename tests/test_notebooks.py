@@ -225,7 +225,7 @@ def test_check_lists_records_of_older_code_without_failing(executed, inside):
 def test_check_of_a_file_that_is_not_there_fails(tmp_path):
     result = CliRunner().invoke(app, ["check", str(tmp_path / "nothing.png")])
     assert result.exit_code == 1
-    assert "No such file" in result.output
+    assert f"no claim and no file '{tmp_path / 'nothing.png'}'" in result.output
 
 
 def test_a_failing_cell_is_shown_and_nothing_is_written(project, monkeypatch):

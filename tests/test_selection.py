@@ -198,7 +198,6 @@ def test_second_order_scores_are_those_of_dense_matrices(family):
             by_class.setdefault(int(labels[index]), []).append(jacobians[index].T @ residuals[index][1])
         sizes = labels[prepared.unseen].bincount(minlength=12).tolist()
         judge = sum(sizes[label] * torch.stack(own).mean(0) for label, own in by_class.items()) / sum(sizes)
-        assert float((step @ judge.numpy()) - step @ g.numpy()) != 0.0
         gains.append(step @ judge.numpy() / 2)
     assert row["newton"] == pytest.approx(np.mean(gains), rel=1e-3)
     several = [jacobians[int(index)] for index in prepared.pairs.flatten()]
@@ -222,6 +221,16 @@ def test_a_silent_site_is_left_out_with_a_warning():
     assert np.isfinite(table.drop(columns="site").to_numpy()).all()
     with pytest.raises(ValueError, match=r"at layer3\.0:input, so there is no site to rank; choose other places"):
         ranking.rank_sites(silenced(), tiny.task(), ["layer3.0:input"], **options)
+
+
+def test_a_module_that_is_never_called_is_refused():
+    model = Untraceable("vit")
+    model.unused = nn.Linear(2, 2)
+    model = backbones.freeze(model)
+    with pytest.raises(ValueError, match="never calls the module of site 'unused:output'; leave it out of places"):
+        ranking.rank_sites(
+            model, tiny.task(), ["body.blocks.1:input", "unused:output"], num_examples=16, num_validation=12
+        )
 
 
 def test_activations_that_are_not_finite_are_refused():
@@ -563,7 +572,7 @@ def test_a_search_is_recorded_with_what_it_spent_and_the_test_part_once(folder, 
     direct = selection.find_site(
         backbones.load("resnet_micro"),
         tasks.load(f"folder:{folder}", 64),
-        training.Recipe(**recipe),
+        recipe=training.Recipe(**recipe),
         budget=0.9,
         learning_rates=rates,
         places=places,

@@ -219,3 +219,8 @@ def test_tables_on_other_sites_are_not_subtracted():
 
 def test_an_estimate_reads_as_value_and_interval():
     assert str(statistics.Estimate(value=1.234, low=-0.5, high=3.0)) == "1.23 [-0.50, 3.00]"
+
+
+def test_a_value_that_is_not_a_number_has_no_rank():
+    with pytest.raises(ValueError, match="not a number; leave out the sites that were not measured"):
+        statistics.spearman(np.arange(3.0), np.array([1.0, np.nan, 2.0]))

@@ -266,9 +266,20 @@ def test_an_executor_is_given_only_what_is_not_on_record(
 def test_a_failing_cell_ends_the_sweep_and_keeps_what_is_done(study: sweeps.Study, tmp_path: Path):
     first, *_ = sweeps.cells(study)
     broken = {**first, "method": {"name": "ap", "site": "blocks.7"}}
+    later = [{**first, "learning_rates": [rate]} for rate in (1e-3, 2e-3, 3e-3, 4e-3)]
     with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match=r"no module 'blocks.7'"):
-        sweeps.fetch_all([first, broken], tmp_path, pool)
-    assert [r.config["method"]["name"] for r in records.load_all(tmp_path)] == ["linear_probe"]
+        sweeps.fetch_all([first, broken, *later], tmp_path, pool)
+    left = records.load_all(tmp_path)
+    assert first in [record.config for record in left]
+    assert len(left) <= 2  # the one that had begun may end; the others are never begun
+
+
+def test_two_records_of_one_configuration_are_not_told_apart(done: tuple[Path, list[records.Record]], tmp_path: Path):
+    record = done[1][0]
+    assert sweeps.by_config([record, record]) == {json.dumps(record.config, sort_keys=True): record}
+    other = replace(record, key="0" * 64, weights="of another training")
+    with pytest.raises(ValueError, match=rf"records {record.key[:12]} and 000000000000 are of one configuration"):
+        sweeps.by_config([record, other])
 
 
 def test_without_the_data_a_record_is_taken_as_it_is(

@@ -44,7 +44,7 @@ def command(
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = Config.precision,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = Config.device,
     after: Annotated[Path | None, typer.Option(help="Checkpoint of another run to begin with.")] = None,
-    keep: Annotated[list[int] | None, typer.Option(help="Epoch to export as well; 0 is random.")] = None,
+    keep: Annotated[list[int] | None, typer.Option(help="Epoch to export as well; 0 is the start.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Stop between epochs before this.")] = None,
     note: Annotated[str, typer.Option(help="For the model card, for instance a licence.")] = "",
 ) -> None:

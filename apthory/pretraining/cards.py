@@ -11,6 +11,7 @@ import typer
 from apthory import backbones, records
 
 MAX_STAGES = 8_000_000  # bytes of all shipped files from before the end of training, together
+_WEIGHTS = {"ema": "moving average", "model": "as trained"}
 _ENDINGS = (".safetensors", ".json", ".md")
 
 
@@ -54,11 +55,11 @@ def text(card: Mapping[str, Any]) -> str:
     start = f"the weights of an earlier run ({runs[-1]['epoch']} epochs, below)" if runs else "random weights"
     return f"""# {Path(file["name"]).stem}
 
-`{file["name"]}`: {card["parameters"]:,} parameters ({file["weights"]}) in float16, running variances in float32, after
+`{file["name"]}`: {card["parameters"]:,} parameters ({_WEIGHTS[file["weights"]]}) in float16, after
 {card["epochs"]} of {epochs} epochs from {start}{hours}.
 
 **Top-1 {test["top1"]:.2%}** on the {test["images"]:,} test images of `{data["name"]}` ({data["classes"]}
-classes). Nothing was chosen on them; the curve is of images held out of train.
+classes).{" Nothing was chosen on them; the curve is of images held out of train." if card["curve"] else ""}
 
 {card["note"]}
 
@@ -120,7 +121,8 @@ def ship(files: Sequence[Path], folder: Path | None = None) -> list[Path]:
         last = next((other for other in cards if other.stem == card["backbone"]), None)
         if last is None:
             raise ValueError(f"{path.name} without {card['backbone']}.safetensors, the end of its run; give both")
-        if differing := [part for part in ("recipe", "data") if card[part] != cards[last][part]]:
+        told = ("recipe", "data", "before")
+        if differing := [part for part in told if card.get(part, []) != cards[last].get(part, [])]:
             raise ValueError(f"{path.name} and {last.name} are of two runs: they differ in {' and '.join(differing)}")
     replaced = {card["backbone"] for card in cards.values()}
     there = {path for path in folder.glob("*.*") if path.name.partition(".")[0] in replaced}
@@ -158,8 +160,10 @@ def _accepted(path: Path) -> dict[str, Any]:
         raise ValueError("; ".join(found))
     if not card["note"].strip():
         raise ValueError(f"the card of {path.name} has no note; say the licence of the data: `apthory pretrain --note`")
-    if (seed := card["recipe"]["seed"]) != 0:
+    if (seed := [*card.get("before", []), card][0]["recipe"]["seed"]) != 0:
         raise ValueError(f"{path.name} began from seed {seed}, but {card['backbone']}.random is the start of seed 0")
+    if not card["epochs"]:
+        raise ValueError(f"{path.name} is where its run began; {card['backbone']}.random needs no file")
     return card
 
 

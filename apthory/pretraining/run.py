@@ -48,7 +48,7 @@ def pretrain(
         task: Used in place of ``tasks.load(config.task, config.size, config.data)``.
         after: A checkpoint of another run on the same images, whose averaged weights this one begins with; random
             weights if left out. The card then tells of both runs.
-        keep: Epochs to keep and export too, as ``<backbone>.epoch-NNNN.safetensors``; 0 is the random start.
+        keep: Epochs to keep and export too, as ``<backbone>.epoch-NNNN.safetensors``; 0 is where the run begins.
         minutes: Stop between epochs rather than pass this time, after one at least; the next call goes on.
         note: A sentence for the model card, for instance the licence of the data.
 
