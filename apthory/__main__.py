@@ -76,8 +76,12 @@ def check(
 
     A claim is printed with what it says, how it is measured, and its verdicts; a figure with what it was made from.
     """
-    from apthory import notebooks
+    from apthory import notebooks, records
 
+    if not any((records.root() / name).is_dir() for name in ("notebooks", "figures")):
+        raise FileNotFoundError(
+            f"no notebooks and figures in {records.root()}; call this from the repository or set APTHORY_ROOT"
+        )
     found = []
     if names:
         table = notebooks.ledger()
@@ -101,7 +105,7 @@ def check(
     if found:
         typer.echo("\n".join(["", "stale:", *(f"  {line}" for line in found)]))
     elif not names or recompute or any(Path(name).is_file() for name in names):
-        typer.echo("\nall current")
+        typer.echo("\nresults current")
     if found:
         raise typer.Exit(1)
 
@@ -181,7 +185,7 @@ def _print_claim(rows: Any) -> None:
     typer.echo(f"{rows['id'].iloc[0].partition('.')[0]}: {rows['claim'].iloc[0]}.")
     for (key, statistic), several in rows.groupby(["id", "statistic"], sort=False):
         typer.echo(f"\n{key}: {statistic}, claimed {several['threshold'].iloc[0]}")
-        for place, note in enumerate(several["note"].fillna("")):
+        for place, note in enumerate(several["note"].astype(object).fillna("")):
             _print_ledger(several.iloc[[place]])
             typer.echo(f"  {note}\n" if note else "", nl=False)
 

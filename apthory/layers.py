@@ -112,7 +112,9 @@ def command(
         num_second_order=second_order,
         num_validation=0,  # nothing is trained, so nothing has to be held out
     )
+    table.insert(1, "score", ranking.SCORES[score](table))
     shown = table.drop(columns="depth").set_index(pd.RangeIndex(1, len(table) + 1, name="rank"))
+    typer.echo(f"by the score {score!r}: {UNITS[score]}")
     typer.echo(shown.to_string(float_format=lambda value: f"{value:.3g}"))
     for order, cost in table.attrs["cost"].items():
         typer.echo(

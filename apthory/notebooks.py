@@ -132,7 +132,8 @@ def verdict(
     Args:
         claim_id: An id of claims.toml.
         value: The statistic.
-        interval: Its 95 % interval; None for an exact quantity.
+        interval: Its 95 % interval; None for an exact quantity. Where two or three tasks agree to the last digit, an
+            interval over them has no width and says nothing: then the verdict is `open`.
         suite: "embedded", "small" or "paper".
         backbones: All backbones behind the value; empty for a closed form.
         tasks: All tasks behind the value.
@@ -150,12 +151,13 @@ def verdict(
     if not (abs(low) < float("inf") and low <= value <= high < float("inf")):
         raise ValueError(f"{claim_id}: the value {value} must lie in a finite interval, not [{low}, {high}]")
     claim = known[claim_id]
+    has_spread = interval is None or low < high or len(tasks) > 3
     result = Verdict(
         id=claim.id,
         claim=claim.claim,
         statistic=claim.statistic,
         threshold=claim.threshold,
-        verdict=claim.judge(low, high) if claim.covers(backbones) else "not run",
+        verdict="not run" if not claim.covers(backbones) else claim.judge(low, high) if has_spread else "open",
         value=float(value),
         low=low,
         high=high,
@@ -179,6 +181,7 @@ class Judge:
     def __init__(self, suite: str) -> None:
         self.suite = suite
         self.verdicts: list[Verdict] = []
+        self._are_exact: list[bool] = []
 
     def __call__(
         self,
@@ -219,6 +222,7 @@ class Judge:
             note=note,
         )
         self.verdicts.append(result)
+        self._are_exact.append(not isinstance(value, Estimate))
         return result
 
     @property
@@ -229,11 +233,11 @@ class Judge:
                 "claim": one.id,
                 "of": one.tag,
                 "value": f"{one.value:.3g}",
-                "interval": "exact" if one.low == one.high else f"[{one.low:.3g}, {one.high:.3g}]",
+                "interval": "exact" if is_exact else f"[{one.low:.3g}, {one.high:.3g}]",
                 "rule": one.threshold,
                 "verdict": one.verdict,
             }
-            for one in self.verdicts
+            for one, is_exact in zip(self.verdicts, self._are_exact, strict=True)
         )
 
 

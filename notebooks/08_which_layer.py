@@ -210,7 +210,8 @@ with figures.theme(width=1.0, rows=1.6):
         ax.set(title=backbone, xlabel="", ylabel="")
         ax.tick_params(axis="x", rotation=60, length=0)
         ax.tick_params(axis="y", rotation=0, length=0)
-    figure.supxlabel("Spearman of score and accuracy over sites, by task (hatched: the score was found there)", size=7)
+    hatched = " (hatched: the score was found there)" if suite == "small" else ""
+    figure.supxlabel(f"Spearman of score and accuracy over sites, by task{hatched}", size=7)
     figures.save(figure, "08_by_task", [*trained, *scored], by_task, suite=suite)
 
 # %% [markdown]
@@ -274,6 +275,8 @@ with figures.theme(width=1.0, rows=1.35):
 # - what the **search** chose and trained on an eighth of the sweep's FLOPs, with one seed: both sides of the pair are
 #   the first seed's. It starts from the found score, so it is judged on the tasks that this was not found on; *search,
 #   seen* is the search on the others, for comparison only. In the embedded suite the budget buys a single training.
+#
+# Whiskers: 95 % intervals from a bootstrap over tasks, seeds and images (not drawn for the embedded suite's two tasks).
 
 # %%
 runs_of = {backbone: ap[ap["backbone"] == backbone] for backbone in models}

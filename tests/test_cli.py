@@ -90,7 +90,7 @@ def test_check_passes_only_while_everything_is_current(project):
     mark_as_run(source)
     result = call("check")
     assert result.exit_code == 0
-    assert result.stdout.endswith("\nall current\n")
+    assert result.stdout.endswith("\nresults current\n")
     assert all(f"\n{key} " in f"\n{result.stdout}" for key in notebooks.claims())
     source.write_text(NOTEBOOK + "# a remark\n")
     assert call("check").exit_code == 1
@@ -235,3 +235,10 @@ def test_a_mistake_of_ours_is_never_hidden(fails_with):
 def test_a_reader_that_stops_reading_is_no_error(fails_with):
     result = fails_with(BrokenPipeError(32, "Broken pipe"))
     assert (result.exit_code, result.stdout, result.stderr) == (1, "", "")
+
+
+def test_check_outside_the_repository_says_where_to_call_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("APTHORY_ROOT", str(tmp_path))
+    result = call("check")
+    assert result.exit_code == 1
+    assert f"no notebooks and figures in {tmp_path}; call this from the repository or set APTHORY_ROOT" in result.output

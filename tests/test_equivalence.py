@@ -871,3 +871,20 @@ def test_a_site_whose_activation_is_zero_is_diagnosed_all_the_same():
     backbone.layer2[0].bn2.bias.zero_()
     found = diagnose(backbone, "layer2.0.bn2:output")
     assert (found.statement, found.is_larger, found.is_absorbed) == ("E1", True, False)
+
+
+def test_a_prompt_that_many_layers_read_is_no_shift_but_for_a_border():
+    """Every layer of a dense block reads the block's input, so the bias of one of them is not all that it shifts."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.models.DenseNet(growth_rate=4, block_config=(2, 2), num_classes=0)
+    model.pretrained_cfg = {
+        "architecture": "tiny_densenet",
+        "input_size": (3, 32, 32),
+        "mean": (0.5,) * 3,
+        "std": (0.2,) * 3,
+    }
+    found = diagnose(backbones.freeze(model), "features.denseblock2:input")
+    assert found.relative_difference > 1e-3
+    assert found.kind == "not found"
+    assert "0 of" not in found.sentence

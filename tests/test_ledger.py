@@ -244,3 +244,10 @@ def test_the_verdicts_in_the_readme_are_those_of_the_ledger():
         assert judged["verdict"] == verdict, claim
         for shown, name in ((value, "value"), (low, "low"), (high, "high")):
             assert shown == f"{judged[name]:.2f}", (claim, backbone, name)
+
+
+def test_two_tasks_that_agree_to_the_last_digit_decide_nothing(project):
+    given = {"backbones": ["vit_micro"], "seeds": [0]}
+    assert judge("AP-11", 0.0, (0.0, 0.0), tasks=["a", "b"], **given).verdict == "open"
+    assert judge("AP-11", 0.0, (0.0, 0.0), tasks=["a", "b", "c", "d"], **given).verdict == "supported"
+    assert judge("AP-11", 0.0, None, tasks=["a", "b"], **given).verdict == "supported"  # an exact quantity

@@ -192,7 +192,7 @@ def test_check_prints_the_ledger_and_recomputes(inside):
     assert re.search(r"AP-11 +supported +< 1 +0 \[0, 0\] +embedded", result.output)
     assert re.search(r"AP-10\.rank +not run", result.output)
     assert re.search(r"computing record \w{12} again: sums\.total", result.output)
-    assert "all current" in result.output
+    assert "results current" in result.output
 
 
 def test_check_fails_and_names_what_was_changed(executed, inside):

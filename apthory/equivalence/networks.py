@@ -315,7 +315,7 @@ class Network:
     def border(self, bias: _Bias, delta: Tensor) -> str:
         """How many positions of a layer's result see another shift than the middle: "k of P".
 
-        Empty if it does not arrive as the same for all images: then there is more than padding in between.
+        Empty if none does, or if it does not arrive as the same for all images: then it is not the padding's doing.
         """
         if not bias.layer or bias.is_before:
             return ""
@@ -326,7 +326,7 @@ class Network:
             return ""
         middle = change[(0, slice(None), *(n // 2 for n in change.shape[2:]))].view(-1, *(1 for _ in change.shape[2:]))
         differs = ((change[0] - middle).abs() > TOLERANCE * start.abs().max()).any(0)
-        return f"{int(differs.sum())} of {differs.numel()}"
+        return f"{int(differs.sum())} of {differs.numel()}" if differs.any() else ""
 
     def norm_fed(self) -> str:
         """The normalization layer that takes this site's activation, if nothing else does."""
