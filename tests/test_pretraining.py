@@ -469,6 +469,9 @@ def exported(tmp_path) -> Path:
     return tmp_path
 
 
+EARLIER = {"hours": 1.0, "curve": [{"epoch": 30, "loss": 2.0}], "sha256": "0" * 64, "environment": {"gpu": None}}
+
+
 def change(weights: Path, **changes: object) -> None:
     """Another card, as JSON alone."""
     weights.with_suffix(".json").write_text(json.dumps(cards.read(weights) | changes))
@@ -478,6 +481,10 @@ def test_shipping_replaces_all_of_a_backbone_and_leaves_the_others(exported, tmp
     folder = tmp_path / "shipped"
     last, early, later = (exported / f"vit_micro{tag}.safetensors" for tag in ("", ".epoch-0002", ".epoch-0008"))
     ship([last, early, exported / "resnet_micro.safetensors"], folder)
+    was = cards.read(last)
+    change(last, recipe=was["recipe"] | {"mixup": 0.2}, before=[{"epoch": 30, "recipe": was["recipe"]} | EARLIER])
+    ship([last, early], folder)  # an epoch of the run before
+    change(last, **{"before": [], **was})
     last.with_suffix(".md").unlink()  # exported by another version: the text is made anew
     assert ship([last, later], folder) == [folder / last.name, folder / later.name]
     stems = {path.name.removesuffix(path.suffix) for path in folder.iterdir()}
@@ -512,8 +519,9 @@ def test_what_may_not_ship_is_refused_and_nothing_is_written(exported, tmp_path)
     refused("epoch-0002.safetensors began from seed 1, but vit_micro.random", last, early)
     change(early, recipe={"size": 64, "epochs": 20, "seed": 0})
     refused("are of two runs: they differ in recipe", last, early)
-    change(early, recipe=cards.read(last)["recipe"], before=[{"epoch": 2, "recipe": {"seed": 0}}])
-    refused("are of two runs: they differ in before", last, early)
+    again = [{"epoch": 30, "recipe": cards.read(last)["recipe"]}]
+    change(early, recipe=cards.read(last)["recipe"], before=again)
+    refused("epoch-0002.safetensors did not begin with random weights; ship epochs of the first run", last, early)
     change(early, before=[{"epoch": 2, "recipe": {"seed": 1}}])
     refused("epoch-0002.safetensors began from seed 1, but vit_micro.random", last, early)
     change(early, before=[])

@@ -113,7 +113,8 @@ def ship(files: Sequence[Path], folder: Path | None = None) -> list[Path]:
 
     Raises:
         ValueError: If a file and its card disagree, the card has no note on the licence, epochs are of another run or
-            take too much room, or `backbones.load` would start from other random weights than the run did.
+            of a later one, or take too much room, or `backbones.load` would start from other random weights than the
+            run did.
     """
     folder = folder or backbones.shipped_folder()
     cards = {path: _accepted(path) for path in map(Path, files)}
@@ -121,9 +122,13 @@ def ship(files: Sequence[Path], folder: Path | None = None) -> list[Path]:
         last = next((other for other in cards if other.stem == card["backbone"]), None)
         if last is None:
             raise ValueError(f"{path.name} without {card['backbone']}.safetensors, the end of its run; give both")
-        told = ("recipe", "data", "before")
-        if differing := [part for part in told if card.get(part, []) != cards[last].get(part, [])]:
+        if path == last:
+            continue
+        first, *_ = [*cards[last].get("before", []), cards[last]]  # where epochs count from random weights
+        if differing := [part for part in ("recipe", "data") if card[part] != {**cards[last], **first}[part]]:
             raise ValueError(f"{path.name} and {last.name} are of two runs: they differ in {' and '.join(differing)}")
+        if card.get("before"):
+            raise ValueError(f"{path.name} did not begin with random weights; ship epochs of the first run alone")
     replaced = {card["backbone"] for card in cards.values()}
     there = {path for path in folder.glob("*.*") if path.name.partition(".")[0] in replaced}
     stages = [*cards, *(path for path in folder.glob("*.safetensors") if path not in there)]
