@@ -119,9 +119,8 @@ def mean_distance(values: Float[Tensor, "group member region"]) -> float:
     num = values.shape[1]
     if num < 2:
         raise ValueError("a distance needs at least two members in a group")
-    weights = 2 * torch.arange(num, dtype=torch.float64) - (
-        num - 1
-    )  # how often a value is the larger, less the smaller
+    # Sorted, the k-th value is the larger of k pairs and the smaller of the others.
+    weights = 2 * torch.arange(num, dtype=torch.float64) - (num - 1)
     sums = (weights.view(-1, 1) * values.double().sort(1).values).sum(1)
     return float(sums.mean() / math.comb(num, 2))
 

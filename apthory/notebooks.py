@@ -151,13 +151,14 @@ def verdict(
     if not (abs(low) < float("inf") and low <= value <= high < float("inf")):
         raise ValueError(f"{claim_id}: the value {value} must lie in a finite interval, not [{low}, {high}]")
     claim = known[claim_id]
-    has_spread = interval is None or low < high or len(tasks) > 3
+    decides = interval is None or low < high or len(tasks) > 3
+    judgement: Judgement = claim.judge(low, high) if decides else "open"
     result = Verdict(
         id=claim.id,
         claim=claim.claim,
         statistic=claim.statistic,
         threshold=claim.threshold,
-        verdict="not run" if not claim.covers(backbones) else claim.judge(low, high) if has_spread else "open",
+        verdict=judgement if claim.covers(backbones) else "not run",
         value=float(value),
         low=low,
         high=high,

@@ -5,7 +5,6 @@ the same protocol has, are computed once. What each suite asks is in `apthory.pi
 """
 
 import itertools
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -73,7 +72,7 @@ def run_study(study: Study, folder: Path, executor: Executor | None = None) -> p
     named = _shared(cells(study))
     found: dict[str, records.Record] = {}
     for is_shifted, function in ((False, sweeps.run_cell), (True, run_shifted)):
-        chosen = {_key(config): config for _, config, _ in named if ("shifts" in config) == is_shifted}
+        chosen = {sweeps.key(config): config for _, config, _ in named if ("shifts" in config) == is_shifted}
         found |= dict(zip(chosen, sweeps.fetch_all(list(chosen.values()), folder, executor, function), strict=True))
     return _tidy(study, named, found)
 
@@ -81,9 +80,9 @@ def run_study(study: Study, folder: Path, executor: Executor | None = None) -> p
 def recorded(study: Study, folder: Path) -> pd.DataFrame | None:
     """The table of `run_study` where every cell has its record, without the data and weights; None where one lacks."""
     named = _shared(cells(study))
-    names = (f"{function.__module__}.{function.__qualname__}" for function in (sweeps.run_cell, run_shifted))
-    found = sweeps.by_config(one for name in names for one in records.load_all(folder, name))
-    is_whole = bool(named) and all(_key(config) in found for _, config, _ in named)
+    names = {f"{function.__module__}.{function.__qualname__}" for function in (sweeps.run_cell, run_shifted)}
+    found = sweeps.by_config(one for one in records.load_all(folder) if one.name in names)
+    is_whole = bool(named) and all(sweeps.key(config) in found for _, config, _ in named)
     return _tidy(study, named, found) if is_whole else None
 
 
@@ -128,16 +127,16 @@ def _shared(named: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[_Nam
     for _, config in named:
         if config.get("domain") == "":
             plain = {name: value for name, value in config.items() if name not in ("domain", "shifts")}
-            whole[_key(plain)] = config
-    return [(names, whole.get(_key(config), config), "shifts" in config) for names, config in named]
+            whole[sweeps.key(plain)] = config
+    return [(names, whole.get(sweeps.key(config), config), "shifts" in config) for names, config in named]
 
 
 def _tidy(study: Study, named: Sequence[_Named], found: Mapping[str, records.Record]) -> pd.DataFrame:
     """One row for each cell, seed and test part that a part asks for; cells may have more."""
-    tables = {key: _by_shift(found[key]) for key in {_key(config) for _, config, _ in named}}
+    tables = {key: _by_shift(found[key]) for key in {sweeps.key(config) for _, config, _ in named}}
     parts = []
     for names, config, with_shifts in named:
-        rows = tables[_key(config)].assign(**names)
+        rows = tables[sweeps.key(config)].assign(**names)
         rows = rows[rows["seed"].isin(study[names["part"]].protocol.seeds)]
         parts.append(rows if with_shifts else rows[rows["shift"] == ""])
     rows = pd.concat(parts, ignore_index=True)
@@ -152,10 +151,6 @@ def _by_shift(record: records.Record) -> pd.DataFrame:
         name = one["domain"] or f"{one['corruption']} {one['strength']:g}"
         tables.append(sweeps.table([replace(record, values={**record.values, **one})]).assign(shift=name))
     return pd.concat(tables)
-
-
-def _key(config: Mapping[str, Any]) -> str:
-    return json.dumps(config, sort_keys=True)
 
 
 # ------------------------------------------------------------------------------------------ distribution shift

@@ -146,7 +146,7 @@ class _Tangents:
         self.units: dict[str, tuple[int, ...]] = {}
         self.norms: dict[str, float] = dict.fromkeys(places, 0.0)
         features, labels = self._features(), self.images.labels[self.seen]
-        self._drop_silent()
+        self._check_activations()
         head, self.head_flops = _fit_head(features, labels, len(task.classes))  # the fit is no work of torch's
         self.head = _Head(*(value.to(self.device) for value in head))
 
@@ -180,8 +180,8 @@ class _Tangents:
             chunks = [training.normalized(self.backbone, self.images, chunk) for chunk in self.seen.split(_CHUNK)]
             return torch.cat([self.backbone(x).float().cpu() for x in chunks])
 
-    def _drop_silent(self) -> None:
-        """Leave out, with a warning, the sites where nothing is measured: a prompt has no activation to be held by."""
+    def _check_activations(self) -> None:
+        """Refuse sites without a finite activation; leave out, with a warning, those where it is always zero."""
         if uncalled := [site for site in self.places if site not in self.units]:
             raise ValueError(f"the backbone never calls the module of site {uncalled[0]!r}; leave it out of places")
         if lost := [site for site, norm in self.norms.items() if not math.isfinite(norm)]:

@@ -94,10 +94,10 @@ def fetch(
         ValueError: If the function cannot be imported by name, or a number is not finite.
         TypeError: If configuration or values cannot be written as JSON.
     """
-    if not fresh and (record := lookup(function, config, data=data, weights=weights, folder=folder)):
-        return record
     identity = _identity(function, config, data, weights)
     path = folder / f"{_digest(identity)}.json"
+    if not fresh and (record := _usable(path)):
+        return record
     start = time.perf_counter()
     returned = function(**copy.deepcopy(identity["config"]))
     seconds = time.perf_counter() - start
@@ -120,8 +120,7 @@ def lookup(
     function: Callable[..., Mapping[str, Any]], config: Any, *, data: str = "", weights: str = "", folder: Path
 ) -> Record | None:
     """The record that `fetch` would read; None where it would compute."""
-    path = folder / f"{_digest(_identity(function, config, data, weights))}.json"
-    return None if _predates_run(path) else _read_or_set_aside(path)
+    return _usable(folder / f"{_digest(_identity(function, config, data, weights))}.json")
 
 
 def read(path: Path) -> Record:
@@ -258,6 +257,10 @@ def _identity(function: Callable[..., Any], config: Any, data: str, weights: str
         "data": data,
         "weights": weights,
     }
+
+
+def _usable(path: Path) -> Record | None:
+    return None if _predates_run(path) else _read_or_set_aside(path)
 
 
 def _read_or_set_aside(path: Path) -> Record | None:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import nullcontext
 from typing import Annotated
 
 import typer
@@ -34,10 +34,7 @@ def command(
         os.environ["APTHORY_DATA"] = data
     if weights:
         os.environ["APTHORY_WEIGHTS"] = weights
-    with ExitStack() as stack:
-        pool = None
-        if workers > 1:
-            pool = stack.enter_context(sweeps.processes(workers))
+    with sweeps.processes(workers) if workers > 1 else nullcontext() as pool:
         for one in chosen.values():
             run = sweeps.run_study if isinstance(one, sweeps.Study) else pixel_study.run_study
             result = run(one, records.folder(suite), pool)

@@ -274,7 +274,7 @@ def fetch(
         if {"APTHORY_DATA", "APTHORY_WEIGHTS", "APTHORY_FRESH"} & set(os.environ):
             raise
         name = f"{function.__module__}.{function.__qualname__}"
-        record = _by_config(folder, name).get(json.dumps(config, sort_keys=True))
+        record = _by_config(folder, name).get(key(config))
         if record is None:
             raise
         warnings.warn(f"taking the record of {config['task']!r} as it is, since {error}", stacklevel=2)
@@ -479,8 +479,13 @@ def _fit_random(
     return fits
 
 
+def key(config: Mapping[str, Any]) -> str:
+    """A configuration as a string, equal for equal ones."""
+    return json.dumps(config, sort_keys=True)
+
+
 def by_config(found: Iterable[records.Record]) -> dict[str, records.Record]:
-    """Records that hold, by configuration.
+    """Records that hold, by the `key` of their configuration.
 
     Raises:
         ValueError: If two are of one configuration, but of other data or weights: which one is meant, only these tell.
@@ -488,7 +493,7 @@ def by_config(found: Iterable[records.Record]) -> dict[str, records.Record]:
     several: dict[str, records.Record] = {}
     for record in found:
         if not records.superseded(record):
-            other = several.setdefault(json.dumps(record.config, sort_keys=True), record)
+            other = several.setdefault(key(record.config), record)
             if other.key != record.key:
                 raise ValueError(
                     f"records {other.key[:12]} and {record.key[:12]} are of one configuration, but of other data or "

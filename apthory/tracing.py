@@ -6,7 +6,7 @@ import inspect
 import operator
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import timm.layers
@@ -372,25 +372,22 @@ class _Edit(nn.Module):
 
 def downstream(node: fx.Node) -> list[fx.Node]:
     """All nodes that depend on this one, nearest first."""
-    found: dict[fx.Node, None] = {}
-    queue = list(node.users)
-    while queue:
-        user = queue.pop(0)
-        if user not in found:
-            found[user] = None
-            queue.extend(user.users)
-    return list(found)
+    return _reached(node, lambda one: one.users)
 
 
 def upstream(node: fx.Node) -> list[fx.Node]:
     """All nodes on which this one depends, nearest first."""
+    return _reached(node, lambda one: one.all_input_nodes)
+
+
+def _reached(node: fx.Node, neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> list[fx.Node]:
     found: dict[fx.Node, None] = {}
-    queue = list(node.all_input_nodes)
+    queue = list(neighbours(node))
     while queue:
-        source = queue.pop(0)
-        if source not in found:
-            found[source] = None
-            queue.extend(source.all_input_nodes)
+        one = queue.pop(0)
+        if one not in found:
+            found[one] = None
+            queue.extend(neighbours(one))
     return list(found)
 
 

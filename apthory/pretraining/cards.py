@@ -124,8 +124,8 @@ def ship(files: Sequence[Path], folder: Path | None = None) -> list[Path]:
             raise ValueError(f"{path.name} without {card['backbone']}.safetensors, the end of its run; give both")
         if path == last:
             continue
-        first, *_ = [*cards[last].get("before", []), cards[last]]  # where epochs count from random weights
-        if differing := [part for part in ("recipe", "data") if card[part] != {**cards[last], **first}[part]]:
+        expected = {"recipe": _first_run(cards[last])["recipe"], "data": cards[last]["data"]}
+        if differing := [part for part, value in expected.items() if card[part] != value]:
             raise ValueError(f"{path.name} and {last.name} are of two runs: they differ in {' and '.join(differing)}")
         if card.get("before"):
             raise ValueError(f"{path.name} did not begin with random weights; ship epochs of the first run alone")
@@ -165,11 +165,16 @@ def _accepted(path: Path) -> dict[str, Any]:
         raise ValueError("; ".join(found))
     if not card["note"].strip():
         raise ValueError(f"the card of {path.name} has no note; say the licence of the data: `apthory pretrain --note`")
-    if (seed := [*card.get("before", []), card][0]["recipe"]["seed"]) != 0:
+    if (seed := _first_run(card)["recipe"]["seed"]) != 0:
         raise ValueError(f"{path.name} began from seed {seed}, but {card['backbone']}.random is the start of seed 0")
     if not card["epochs"]:
         raise ValueError(f"{path.name} is where its run began; {card['backbone']}.random needs no file")
     return card
+
+
+def _first_run(card: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The run that began with random weights, of those that made a file."""
+    return card["before"][0] if card.get("before") else card
 
 
 def _earlier(run: Mapping[str, Any]) -> str:
