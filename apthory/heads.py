@@ -113,7 +113,8 @@ class LabelMapping:
             initial frame leaves hardly more than noise to count.
 
     Raises:
-        ValueError: From ``build``, if a one-to-one map has fewer classes to take from than to fill.
+        ValueError: If an argument is not what is said here; from ``build``, if a one-to-one map has fewer classes to
+            take from than to fill.
     """
 
     classifier: nn.Linear
@@ -122,6 +123,11 @@ class LabelMapping:
     counted: Counted = "prompt"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.classifier, nn.Linear):
+            raise ValueError(
+                f"classifier is a {type(self.classifier).__name__}; expected the nn.Linear of backbones.classifier, "
+                "which load_backbone leaves out"
+            )
         for name, kinds in (("how", How), ("assignment", Assignment), ("counted", Counted)):
             if getattr(self, name) not in get_args(kinds):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(kinds))}")

@@ -149,7 +149,8 @@ def fit(
         cache: Results of the same prefix from an earlier bundle on the same task, which this one extends.
 
     Raises:
-        ValueError: If a split leaves a class without training images, or a loss is not finite.
+        ValueError: If an argument is of another kind, a split leaves a class without training images, or no loss is
+            ever finite.
         MemoryError: If even a single configuration does not fit; larger bundles are halved, with a warning.
     """
     if isinstance(configurations, Recipe | Configuration):
@@ -157,6 +158,8 @@ def fit(
             f"configurations is one {type(configurations).__name__}, and should be a list of Configuration; a recipe "
             "goes by its name: fit(backbone, task, method, recipe=...)"
         )
+    if isinstance(method, type) or not hasattr(method, "build"):
+        raise ValueError(f"method is {method!r}; expected a method such as ActivationPrompting(site=...) or VP()")
     configurations = [Configuration()] if configurations is None else list(configurations)
     recipe = recipe or Recipe()
     check_ready(backbone, task)
@@ -177,6 +180,9 @@ def fit(
 
 def check_ready(backbone: nn.Module, task: Task) -> None:
     """Raise ValueError unless the backbone is frozen and takes images of the task's size."""
+    if not (isinstance(backbone, nn.Module) and isinstance(task, Task)):
+        given = f"a {type(backbone).__name__} and a {type(task).__name__}"
+        raise ValueError(f"expected a backbone (a module), then a task of load_task; got {given}")
     if backbone.training or any(parameter.requires_grad for parameter in backbone.parameters()):
         raise ValueError("the backbone is in train mode or its weights want gradients; call backbones.freeze(model)")
     side, expected = task.train.pixels.shape[-1], backbones.input_size(backbone)
@@ -545,6 +551,12 @@ def _fit(
     bundle = Bundle(backbone, task, method, configurations, recipe, heads, cache, head=head)
     num, num_train = len(configurations), len(bundle.splits[0].train)
     steps = math.ceil(num_train / recipe.batch_size)
+    if recipe.num_epochs * steps == 1 and bundle.optimizer.has_work:
+        warnings.warn(
+            f"one step is all of an epoch of {num_train} images in batches of {recipe.batch_size}, and "
+            "the last step has rate zero: nothing is trained; take more epochs or a smaller batch_size",
+            stacklevel=4,
+        )
     curves: list[tuple[list[float], list[float]]] = [([], []) for _ in configurations]
     best = [(0.0, -math.inf, 0)] * num  # accuracy, minus loss, epoch; nothing counts until a loss is finite
     states = [bundle.state(k) for k in range(num)]

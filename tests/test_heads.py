@@ -123,6 +123,13 @@ def test_the_rules_differ_where_they_should():
     }
 
 
+def test_a_label_mapping_wants_the_classifier_and_not_the_backbone():
+    mapping = LabelMapping(source())
+    object.__setattr__(mapping, "classifier", tiny.backbone("vit"))  # types are checked in tests alone
+    with pytest.raises(ValueError, match=r"classifier is a VisionTransformer; expected the nn.Linear of backbones"):
+        mapping.__post_init__()
+
+
 @pytest.mark.parametrize("assignment", ["greedy", "ordered", "mode"])
 def test_a_frequency_map_is_that_of_the_predictions_at_the_start(assignment, monkeypatch):
     monkeypatch.setattr(heads, "_CHUNK", 7)  # fewer than there are images

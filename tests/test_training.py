@@ -1,6 +1,7 @@
 """Claims about training: the fast loop is the plain loop, bundles do not mix, the test part stays unseen."""
 
 import copy
+import inspect
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -761,6 +762,24 @@ def test_defaults_are_one_configuration_and_the_default_recipe():
     backbone, task = tiny.backbone("vit"), tiny.task(24, 6)
     (fit,) = training.fit(backbone, task, LinearProbe(), recipe=replace(RECIPE, num_epochs=1, num_validation=6))
     assert fit.configuration == Configuration()
+
+
+def test_arguments_of_another_kind_are_named(task: tasks.Task):
+    backbone = tiny.backbone("vit")
+    fit, check_ready = map(inspect.unwrap, (training.fit, training.check_ready))  # types are checked in tests alone
+    with pytest.raises(ValueError, match=r"expected a backbone \(a module\), then a task.*got a Task and a Vision"):
+        check_ready(task, backbone)
+    with pytest.raises(ValueError, match=r"method is 'ap'; expected a method such as ActivationPrompting\(site"):
+        fit(backbone, task, "ap")
+    with pytest.raises(ValueError, match=r"method is <class.*LinearProbe'>; expected a method"):
+        fit(backbone, task, LinearProbe)
+
+
+def test_a_single_step_trains_nothing_and_says_so(task: tasks.Task):
+    recipe = replace(RECIPE, num_epochs=1, batch_size=40)
+    with pytest.warns(UserWarning, match="one step is all of an epoch of 40 images.*nothing is trained"):
+        (fit,) = training.fit(tiny.backbone("vit"), task, ActivationPrompting(site="blocks.1:input"), recipe=recipe)
+    assert fit.prompt_norm == 0
 
 
 def test_a_prompt_where_the_activation_is_zero_is_an_error_before_training():
