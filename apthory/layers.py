@@ -96,6 +96,7 @@ def command(
     output: Annotated[str, typer.Option(help="picture of the ranking; layers_<backbone>.png if left out")] = "",
 ) -> None:
     """Rank the layers of a backbone on a task by one backward pass, and name the one to prompt."""
+    data = data.removeprefix("folder:")  # as `tasks.load` wants it
     if bool(data) == bool(task):
         raise typer.BadParameter("name either a folder of images (--data) or a task (--task)")
     if data and not Path(data).is_dir():

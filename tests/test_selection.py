@@ -590,9 +590,10 @@ def call(*arguments):
     return CliRunner().invoke(app, ["layers", *map(str, arguments)])
 
 
-def test_the_command_prints_a_ranked_table_draws_it_and_names_the_site(folder, tmp_path):
+@pytest.mark.parametrize("prefix", ["", "folder:"])
+def test_the_command_prints_a_ranked_table_draws_it_and_names_the_site(folder, prefix, tmp_path):
     picture = tmp_path / "ranking.png"
-    shown = call("--backbone", "resnet_micro", "--data", folder, "--examples", 24, "--output", picture)
+    shown = call("--backbone", "resnet_micro", "--data", f"{prefix}{folder}", "--examples", 24, "--output", picture)
     assert shown.exit_code == 0, shown.output
     lines = shown.output.splitlines()
     ranked = [line.split()[1] for line in lines if line[:1].isdigit()]
