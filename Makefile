@@ -28,10 +28,12 @@ small: ## run the small suite on the images in APTHORY_DATA; resumes where it wa
 
 # Every step resumes where it was stopped, after an epoch, a cell or a notebook at most, so short leases will do:
 # timeout -s INT 8m make gpu APTHORY_DATA=folder, again and again. Weights stay in checkpoints/, where they are not
-# trained again; the studies take the micro backbones that ship (`apthory ship` puts new ones in their place).
+# trained again (remove them there after a change of the recipe); the studies take the micro backbones that ship, so put
+# new ones in their place first: apthory ship checkpoints/vit_micro/vit_micro.safetensors checkpoints/vit_micro/
+# vit_micro.epoch-0005.safetensors checkpoints/resnet_micro/resnet_micro.safetensors (8 MB hold the epoch of one alone).
 PRETRAIN = test -f checkpoints/$$name/$$name.safetensors || $(RUN) apthory pretrain $$name --data "$(APTHORY_DATA)" \
   --output checkpoints/$$name --epochs 120 --batch-size 512 --learning-rate 0.002 --randaugment 7 --mixup 0.2 \
-  --keep 0 --keep 5 --note "Trained on Tiny-ImageNet (ImageNet images; the test images are its official validation \
+  --keep 5 --note "Trained on Tiny-ImageNet (ImageNet images; the test images are its official validation \
   set): for non-commercial research."
 HAS_GPU = 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 

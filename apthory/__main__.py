@@ -149,7 +149,7 @@ def _later(name: str, module: str, summary: str) -> None:
         inner(arguments or [], prog_name=f"apthory {name}")
 
 
-_later("pretrain", "pretraining", "Train a micro backbone; resumes where it was interrupted.")
+_later("pretrain", "pretraining", "Train a backbone; resumes where it was interrupted.")
 _later("ship", "pretraining.cards", "Put pretrained weights into the package, each with its model card.")
 _later("sweep", "studies", "Run studies by name: prompts at every site, prompts on pixels; resumes.")
 _later("layers", "layers", "Rank the layers of a backbone on a task by one backward pass, and name the one to prompt.")

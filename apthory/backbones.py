@@ -65,8 +65,8 @@ def start(name: str, num_classes: int = 0, seed: int = 0, **kwargs: Any) -> nn.M
 def stages(name: str) -> tuple[str, ...]:
     """Names of a shipped backbone for `load`, in the order of its training, from random weights to the last.
 
-    ``vit_micro.random`` is the start of training, ``vit_micro.epoch-0008`` what it was after eight epochs of its last
-    run (there are only those epochs whose weights ship), ``vit_micro`` what became of it.
+    ``vit_micro.random`` is the start of training, ``vit_micro.epoch-0008`` what it was eight epochs later (there are
+    only those epochs whose weights ship), ``vit_micro`` what became of it.
     """
     kept = sorted(path.stem for path in shipped_folder().glob(f"{name}.epoch-*.safetensors"))
     return (f"{name}.random", *kept, name)

@@ -136,7 +136,8 @@ def measure_trajectories(
         By optimizer: the losses of the tied prompt at the layer's output and of beta, the largest relative
         difference of the two. Also a full prompt that is given its gradients along beta's path: its way (the mean
         over positions, times their number) divided by beta's, after every step; median over steps and channels, and
-        the largest distance from it. For BatchNorm also a tied prompt at its input against beta at the matched rate.
+        the largest distance from it. Channels that no image switches on do not move, and are left out. For BatchNorm
+        also a tied prompt at its input against beta at the matched rate.
     """
     model = backbones.load(**backbone)
     data = tasks.load(task, size=backbones.input_size(model))
@@ -176,7 +177,8 @@ def measure_trajectories(
             return prompted(output, places[step] + (delta - delta.detach()), step)
 
         _, full_path = equivalence.descend(followed, full, make, num_steps)
-        ratio = full_path.mean([axis + 1 for axis in positions], keepdim=True) / beta_path * num_positions
+        way = full_path.mean([axis + 1 for axis in positions], keepdim=True)
+        ratio = num_positions * way[beta_path != 0] / beta_path[beta_path != 0]
         found[optimizer] = {
             "prompt": by_prompt,
             "beta": by_beta,

@@ -5,6 +5,7 @@ the same protocol has, are computed once. What each suite asks is in `apthory.pi
 """
 
 import itertools
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -39,10 +40,11 @@ class Part:
     places: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by backbone, of arms at the site "each"
     domain: str = ""  # train on this part of the task alone
     shifts: Sequence[Mapping[str, Any]] = ()  # test parts of another kind, see `run_shifted`
-    per_class: int | None = None  # training images, on average over classes, instead of the recipe's
+    per_class: int | None = None  # training images, on average over classes, instead of the recipe's; as many steps
 
 
 Study = Mapping[str, Part]
+_MAX_EPOCHS = 60  # each is followed by a pass over the validation images
 
 
 # ------------------------------------------------------------------------------------------ cells
@@ -81,8 +83,10 @@ def recorded(study: Study, folder: Path) -> pd.DataFrame | None:
     """The table of `run_study` where every cell has its record, without the data and weights; None where one lacks."""
     named = _shared(cells(study))
     names = {f"{function.__module__}.{function.__qualname__}" for function in (sweeps.run_cell, run_shifted)}
-    found = sweeps.by_config(one for one in records.load_all(folder) if one.name in names)
-    is_whole = bool(named) and all(sweeps.key(config) in found for _, config, _ in named)
+    wanted = {sweeps.key(config) for _, config, _ in named}
+    every = (one for one in records.load_all(folder) if one.name in names) if named else ()
+    found = sweeps.by_config(one for one in every if sweeps.key(one.config) in wanted)
+    is_whole = bool(named) and wanted <= found.keys()
     return _tidy(study, named, found) if is_whole else None
 
 
@@ -98,7 +102,10 @@ def _protocol(part: Part, task: str, method: Mapping[str, Any], head: Mapping[st
     as_it_comes = method.keys() == {"name"} and head is None
     protocol = (as_it_comes and part.usual) or part.protocol
     if part.per_class:
-        return replace(protocol, recipe=replace(protocol.recipe, num_train=part.per_class * NUM_CLASSES[task]))
+        recipe, num_train = protocol.recipe, part.per_class * NUM_CLASSES[task]
+        steps = recipe.num_epochs * math.ceil((recipe.num_train or num_train) / recipe.batch_size)
+        num_epochs = min(_MAX_EPOCHS, max(1, round(steps / math.ceil(num_train / recipe.batch_size))))
+        return replace(protocol, recipe=replace(recipe, num_train=num_train, num_epochs=num_epochs))
     if method["name"] == "linear_probe" and head is not None:  # nothing is trained, so nothing has to be chosen
         rates = protocol.learning_rates[:1]
         return replace(protocol, recipe=replace(protocol.recipe, num_epochs=1), learning_rates=rates)

@@ -83,7 +83,7 @@ HEADS = {
     "random": {"how": "random"},
     "frequency": {"how": "frequency", "counted": "images"},
     "frequency, shared": {"how": "frequency", "assignment": "mode", "counted": "images"},
-    "iterative": {"how": "iterative"},
+    "iterative": {"how": "iterative", "counted": "images"},
 }
 SHOWN: Arms = {
     **{f"{name} {width}": _wide(name, width) for name in ("vp", "adavipro") for width in (30, 60)},
@@ -125,9 +125,7 @@ def _small() -> dict[str, Study]:
     protocol = sweeps.STUDIES["small"]["S"].protocol
     recipe = protocol.recipe
     two_seeds = replace(protocol, seeds=(0, 1))
-    few = replace(two_seeds, recipe=replace(recipe, num_epochs=30))  # more epochs, as there are fewer steps in one
-    some = replace(two_seeds, recipe=replace(recipe, num_epochs=20))
-    every = replace(two_seeds, recipe=replace(recipe, num_epochs=2, num_train=None))
+    every = replace(two_seeds, recipe=replace(recipe, num_epochs=6, num_train=None))
     short = replace(two_seeds, recipe=replace(recipe, num_epochs=5, num_train=256))
     tasks = ("cifar10", "gtsrb", "dtd10", "pacs", "rsscn7")
     real: dict[str, Any] = {"tasks": tasks, "protocol": protocol}
@@ -150,8 +148,8 @@ def _small() -> dict[str, Study]:
             "placement": Part(arms=PLACEMENT, **side),
             "ablations": Part(arms=ABLATIONS, **side),
             "normalization": Part(arms=NORMALIZED, **side),
-            "4 per class": Part(arms=BY_SCALE, per_class=4, tasks=tasks[1:], protocol=few),
-            "16 per class": Part(arms=BY_SCALE, per_class=16, tasks=tasks[1:], protocol=some),
+            "4 per class": Part(arms=BY_SCALE, per_class=4, tasks=tasks[1:], protocol=two_seeds),
+            "16 per class": Part(arms=BY_SCALE, per_class=16, tasks=tasks[1:], protocol=two_seeds),
             "all images": Part(arms=BY_SCALE, tasks=tasks[1:], protocol=every),
             "domains": Part(arms=PROMPTS, tasks=("pacs",), domain="photo", shifts=domains, **moved),
             "corruptions": Part(arms=PROMPTS, tasks=("cifar10",), shifts=CORRUPTIONS, **micro, **moved),

@@ -111,7 +111,7 @@ STUDIES: dict[str, dict[str, Study]] = {
         ),
     },
     "small": {
-        "S": Study(protocol=Protocol(recipe=training.Recipe(), control_seeds=(0,)), frozen_every=2),
+        "S": Study(protocol=Protocol(recipe=training.Recipe(), control_seeds=(0,)), norm_every=2, frozen_every=4),
         "mobilenet": Study(
             protocol=Protocol(recipe=training.Recipe(), control_seeds=(0,)),
             backbones=(MOBILENET,),

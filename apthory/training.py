@@ -551,10 +551,10 @@ def _fit(
     bundle = Bundle(backbone, task, method, configurations, recipe, heads, cache, head=head)
     num, num_train = len(configurations), len(bundle.splits[0].train)
     steps = math.ceil(num_train / recipe.batch_size)
-    if recipe.num_epochs * steps == 1 and bundle.optimizer.has_work:
+    if recipe.num_epochs * steps == 1 and bundle.optimizer.parameters:
         warnings.warn(
-            f"one step is all of an epoch of {num_train} images in batches of {recipe.batch_size}, and "
-            "the last step has rate zero: nothing is trained; take more epochs or a smaller batch_size",
+            f"one step is all of an epoch of {num_train} images in batches of {recipe.batch_size}, and the last step "
+            "of the schedule has rate zero: what follows it is not trained; take more epochs or a smaller batch_size",
             stacklevel=4,
         )
     curves: list[tuple[list[float], list[float]]] = [([], []) for _ in configurations]

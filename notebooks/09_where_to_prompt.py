@@ -7,19 +7,20 @@
 # ---
 
 # %% [markdown]
-# # Beside a trained head, AdaViPro learns not to prompt
+# # Where does AdaViPro prompt, beside a trained head?
 #
 # AdaViPro decides region by region whether an image gets its share of the frame, by the edges in it. Does it look at
 # the image? We compare the decisions for different images by one trained generator with those for one image by
-# generators of different seeds (splits, initial weights and noise). Only regions that the frame touches count: in the
-# others nothing depends on the decision, and nothing trains it.
+# generators of different seeds (splits, initial weights and noise). A region counts by the share of the frame that lies
+# in it: outside the frame nothing depends on the decision, and nothing trains it.
 #
 # The papers' frame starts as noise of a pixel's own size, which a frozen network reads badly through. While it is being
 # trained into something useful, a lower loss is had sooner by leaving it out; and what is left out has no gradient. So
-# we also count how many regions get the prompt at all (Q-60: fixed when the embedded suite had been seen, and before
-# the small one), and start a second generator with a frame of zeros, which does no harm at first. (In the embedded
-# suite's few epochs that one switches off as well, so noise is not all there is to it.) Where no region is prompted, a
-# verdict on how decisions differ between images is about nothing; read ADA-4 with the share beside it.
+# we also measure how much of the frame is shown at all (Q-60: fixed when the embedded suite had been seen, and before
+# the small one), and start a second generator with a frame of zeros, which does no harm at first. Where all of it is
+# shown, or nothing, a verdict on how decisions differ between images is about nothing; read ADA-4 with the share beside
+# it. What then is left are the probabilities behind the decisions (Q-62, fixed before the small suite, together with
+# weights by the frame's pixels in place of regions).
 
 # %% tags=["parameters"]
 suite: str = "embedded"  # embedded: under a minute, from scratch; small: real images, from a data folder
@@ -50,7 +51,7 @@ def again(part, arm, backbone, task, **fields):
 #
 # Images of the embedded tasks, alone and with the prompts that were trained on them: VP and AdaViPro with frames of 30
 # and 60 pixels of 224, and AdaViPro with a frame of 30 that started from zero. Beside each row stands the share of the
-# regions in reach of the frame that have the prompt, in its four images. Sums are cut off at black and white to be
+# frame that is shown, in its four images. Sums are cut off at black and white to be
 # shown; the network sees them whole.
 
 # %%
@@ -79,7 +80,7 @@ with figures.theme(width=1.0, rows=2.4):
         chosen = shown[task, "vp 30"]["images"]
         raw = pixels[chosen] / 255
         axes[0, start].set_title(task, loc="left")
-        axes[0, start + NUM].text(0.5, 0.5, "regions\nprompted", ha="center", va="center", fontsize=6)
+        axes[0, start + NUM].text(0.5, 0.5, "of the frame\nshown", ha="center", va="center", fontsize=6)
         for row, arm in enumerate([None, *ROWS]):
             seen = raw if arm is None else (raw + mask_study.unpack(shown[task, arm])).clamp(0, 1)
             for column in range(NUM):
@@ -89,7 +90,7 @@ with figures.theme(width=1.0, rows=2.4):
                 label = f"{100 * sum(shares) / NUM:.0f} %"
                 axes[row, start + NUM].text(0.5, 0.5, label, ha="center", va="center", fontsize=7)
                 drawn += [
-                    {"task": task, "image": image, "prompt": arm, "share of regions": share}
+                    {"task": task, "image": image, "prompt": arm, "share of the frame": share}
                     for image, share in zip(chosen, shares, strict=True)
                 ]
     for row, label in enumerate(("image", *ROWS.values())):
@@ -102,8 +103,8 @@ with figures.theme(width=1.0, rows=2.4):
 # %% [markdown]
 # ## Between images, between seeds
 #
-# Mean share of regions in which two decisions differ, over pairs of test images and over pairs of seeds; two
-# independent tosses of a coin differ in half of them. Beside it the share of regions that get the prompt: where it is
+# Mean share of the frame in which two decisions differ, over pairs of test images and over pairs of seeds; two
+# independent tosses of a coin differ in half of it. Beside it the share of the frame that is shown: where it is
 # near 0 or 1 there is little left to differ in. What is left then are the probabilities behind the decisions: how often
 # a region has the prompt while the generator trains, under its noise. They decide at one half; hollow marks are how far
 # they are apart, and what they are: the median, with a bar from 5 to 95 % of all regions, images and seeds.
@@ -120,7 +121,7 @@ distances = pd.DataFrame(
     {"arm": arm, "backbone": backbone, "task": task, "record": record.key, **record.values}
     for (_, arm, backbone, task), record in zip(judged, measured, strict=True)
 )
-MEASURES = {"between_images": "between\nimages", "between_seeds": "between\nseeds", "share": "regions\nprompted"}
+MEASURES = {"between_images": "between\nimages", "between_seeds": "between\nseeds", "share": "frame\nshown"}
 for index, name in enumerate(("low", "median", "high")):
     distances[f"probability_{name}"] = [values[index] for values in distances["probability"]]
 distances = distances.drop(columns="probability")
@@ -157,13 +158,18 @@ with figures.theme(width=min(1.0, 0.4 + 0.3 * len(groups)), rows=1.4):
 # %%
 judge = notebooks.Judge(suite)
 for (backbone, arm), several in groups:
-    values = {"ADA-4": (several["between_images"] - several["between_seeds"]).round(9), "Q-60.share": several["share"]}
+    values = {
+        "ADA-4": (several["between_images"] - several["between_seeds"]).round(9),
+        "Q-60.share": several["share"],
+        "Q-62": several["probability_between_images"] - several["probability_between_seeds"],
+    }
     tag = backbone if arm == "adavipro" else f"{backbone}-from_zero"
     scope = {"backbones": [backbone], "tasks": list(several["task"]), "seeds": seeds}
     for claim, by_task in values.items():
         if claim == "Q-60.share" and arm != "adavipro":
             continue  # the claim is about the method as it is published
-        note = f"{num_images} images, {several['num_regions'].iloc[0]} regions"
+        shown_share = f"{several['share'].mean():.2%} of the frame shown"
+        note = f"{num_images} images, {several['num_regions'].iloc[0]} regions, {shown_share}"
         made_from = list(several["record"])
         judge(claim, statistics.over_tasks(by_task), **scope, made_from=made_from, tag=tag, note=note)
 judge.table

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
-from apthory import backbones, equivalence, prompts, sites
+from apthory import backbones, equivalence, equivalence_study, prompts, sites
 from apthory.equivalence import bias_shift, border_outputs, diagnose, difference, fold, fold_prompt, gap, unfold_prompt
 
 EXACT = 1e-12
@@ -759,6 +759,17 @@ def races() -> dict[str, Race]:
         "vit_micro": Race(vit, "blocks.6.norm2", "blocks.6.norm2", x),
         "resnet_micro": Race(resnet, "layer3.1.bn1", "layer3.1.bn1", x),
     }
+
+
+def test_channels_that_no_image_switches_on_have_no_way(monkeypatch):
+    model = copy.deepcopy(tiny.backbone("resnet"))
+    norm = model.get_submodule("layer2.0.bn1")
+    with torch.no_grad():
+        norm.weight[0], norm.bias[0] = 0.0, -1.0  # the ReLU behind gives nothing, whatever the image
+    monkeypatch.setattr(backbones, "load", lambda **_: model)
+    found = equivalence_study.measure_trajectories({"name": "tiny"}, "textures", "layer2.0.bn1", 2, 2)["optimizers"]
+    assert float(found["SGD"]["mean_way_ratio"]) == pytest.approx(1)
+    assert float(found["SGD"]["mean_way_spread"]) < 1e-6
 
 
 @pytest.mark.parametrize("optimizer", [SGD, MOMENTUM, ADAM], ids=["sgd", "momentum", "adam"])

@@ -1,6 +1,7 @@
 """Claims about heads: what each computes, which map a label mapping takes, and that training loops keep to it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -123,13 +124,6 @@ def test_the_rules_differ_where_they_should():
     }
 
 
-def test_a_label_mapping_wants_the_classifier_and_not_the_backbone():
-    mapping = LabelMapping(source())
-    object.__setattr__(mapping, "classifier", tiny.backbone("vit"))  # types are checked in tests alone
-    with pytest.raises(ValueError, match=r"classifier is a VisionTransformer; expected the nn.Linear of backbones"):
-        mapping.__post_init__()
-
-
 @pytest.mark.parametrize("assignment", ["greedy", "ordered", "mode"])
 def test_a_frequency_map_is_that_of_the_predictions_at_the_start(assignment, monkeypatch):
     monkeypatch.setattr(heads, "_CHUNK", 7)  # fewer than there are images
@@ -227,14 +221,16 @@ def test_of_classes_that_share_a_source_the_earliest_is_predicted_however_logits
 
 def test_what_does_not_fit_is_an_error():
     with pytest.raises(ValueError, match=r"how is 'once'; expected one of random, frequency"):
-        LabelMapping.__post_init__(_unchecked(how="once", assignment="greedy"))
+        LabelMapping.__post_init__(_unchecked(classifier=source(), how="once", assignment="greedy"))
+    with pytest.raises(ValueError, match=r"classifier is a VisionTransformer; expected the nn.Linear of backbones"):
+        LabelMapping.__post_init__(_unchecked(classifier=tiny.backbone("vit")))
     with pytest.raises(ValueError, match=r"classifier takes 6 features and the backbone gives 7; take backbones.class"):
         LabelMapping(source()).build(1, WIDTH + 1, 3, generators(1))
     with pytest.raises(ValueError, match=r"text features are 3 of width 6; the task has 4 classes .* of width 6"):
         TextHead(draw(3, WIDTH), 1.0).build(1, WIDTH, 4, generators(1))
 
 
-def _unchecked(**fields: str) -> LabelMapping:
+def _unchecked(**fields: Any) -> LabelMapping:
     """A specification with values that the type checker of the tests would refuse first."""
     spec = object.__new__(LabelMapping)
     spec.__dict__.update(fields)
@@ -286,7 +282,9 @@ def test_a_prompt_learns_through_a_mapped_head(how, tmp_path: Path):
 def test_the_first_epoch_of_an_iterative_map_is_that_of_frequency_and_later_ones_may_differ():
     backbone, task = tiny.backbone("resnet"), tiny.task(96)
     width = backbone(tiny.images("resnet", 1)).shape[1]
-    recipe = apthory.Recipe(num_epochs=1, num_train=48, num_validation=24, num_test=24, precision="float32")
+    recipe = apthory.Recipe(
+        num_epochs=1, batch_size=12, num_train=48, num_validation=24, num_test=24, precision="float32"
+    )
     method = apthory.ActivationPrompting(site="layer2.0:input")
     maps, curves = [], []
     for how in ("frequency", "iterative"):
@@ -300,7 +298,9 @@ def test_the_first_epoch_of_an_iterative_map_is_that_of_frequency_and_later_ones
 def test_predictions_are_counted_with_or_without_the_initial_prompt():
     backbone, task = tiny.backbone("resnet"), tiny.task(96)
     classifier = source(9, backbone(tiny.images("resnet", 1)).shape[1])
-    recipe = apthory.Recipe(num_epochs=1, num_train=48, num_validation=24, num_test=24, precision="float32")
+    recipe = apthory.Recipe(
+        num_epochs=1, batch_size=12, num_train=48, num_validation=24, num_test=24, precision="float32"
+    )
 
     def map_of(method, counted: str) -> torch.Tensor:
         spec = LabelMapping(classifier, "frequency", "mode", counted)

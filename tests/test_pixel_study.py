@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from apthory import (
     backbones,
@@ -99,6 +100,15 @@ def test_only_full_fine_tuning_is_a_control_and_an_unprompted_mapping_trains_not
 def test_images_per_class_follow_the_task(part: Part):
     cells = pixel_study.cells({"x": replace(part, per_class=4, tasks=("textures", "orientation"))})
     assert {cell["task"]: cell["recipe"]["num_train"] for _, cell in cells} == {"textures": 36, "orientation": 24}
+
+
+def test_few_images_are_trained_on_for_as_many_steps_as_the_usual_number():
+    parts = pixel_suites.STUDIES["small"]["pixels"]
+    few = {name: parts[name] for name in ("4 per class", "16 per class")}
+    for names, cell in pixel_study.cells(few):
+        recipe = cell["recipe"]
+        epochs, steps = recipe["num_epochs"], -(-recipe["num_train"] // recipe["batch_size"])
+        assert epochs == 60 or abs(epochs * steps - 130) <= steps / 2, (names, cell["task"])  # 10 epochs of 13 steps
 
 
 @pytest.mark.parametrize("name", [name for name in pixel_study.NUM_CLASSES if name in tasks.EMBEDDED])
@@ -249,18 +259,30 @@ def test_a_domain_is_trained_on_alone_and_another_tested(spec: dict, monkeypatch
 
 def test_distances_are_means_over_all_pairs():
     values = torch.rand(3, 5, 7, generator=torch.Generator().manual_seed(0))
+    weights = torch.arange(7) / 21
     for several in (values, (values < 0.3).float()):
-        pairs = [(group[i] - group[j]).abs().double().mean() for group in several for i in range(5) for j in range(i)]
-        assert mask_study.mean_distance(several) == pytest.approx(float(torch.stack(pairs).mean()))
+        gaps = [(group[i] - group[j]).abs().double() for group in several for i in range(5) for j in range(i)]
+        expected = float((torch.stack(gaps).mean(0) * weights).sum())
+        assert mask_study.mean_distance(several, weights) == pytest.approx(expected)
     with pytest.raises(ValueError, match="at least two"):
-        mask_study.mean_distance(values[:, :1])
+        mask_study.mean_distance(values[:, :1], weights)
 
 
-def test_only_regions_that_the_frame_touches_count():
+def test_regions_weigh_as_much_as_the_frame_has_pixels_in_them():
     layout = pixels.Layout(size=32, mean=(0.5,) * 3, std=(0.5,) * 3, width=5, region=4)
-    touched = mask_study.touched(layout)
-    assert touched.sum() == 64 - 16  # a frame of 5 pixels reaches into the second ring of regions
-    assert not touched[2:-2, 2:-2].any()
+    found = mask_study.frame_pixels(layout)
+    assert found[0].tolist() == [16.0] * 8
+    assert found[1].tolist() == [16.0, 7.0, 4.0, 4.0, 4.0, 4.0, 7.0, 16.0]  # one of the frame's pixels reaches here
+    assert found.sum() == 32**2 - 22**2
+    assert not found[2:-2, 2:-2].any()
+    with pytest.raises(ValueError, match="no regions"):
+        mask_study.frame_pixels(replace(layout, region=None))
+
+
+def on_frame(prompt: nn.Module, masks: Tensor) -> Tensor:
+    """Values of regions at each of the frame's pixels."""
+    side = prompt.layout.region
+    return masks.repeat_interleave(side, -2).repeat_interleave(side, -1)[..., prompt.layout.mask]
 
 
 @pytest.fixture(scope="module")
@@ -282,8 +304,7 @@ def test_a_drawn_prompt_is_the_trained_one(drawn: tuple[dict, dict], spec: dict,
     expected = (fit.prompt(x) - x) * std
     assert record["images"] == fit.split.test[:3].tolist()
     assert torch.allclose(mask_study.unpack(record), expected, atol=0.51 / 255)
-    shown = fit.prompt.regions(x)[:, mask_study.touched(fit.prompt.layout)]
-    assert record["share"] == pytest.approx(shown.mean(1).tolist())
+    assert record["share"] == pytest.approx(on_frame(fit.prompt, fit.prompt.regions(x)).mean(1).tolist())
 
 
 def test_measured_masks_are_those_of_the_fits(drawn: tuple[dict, dict], spec: dict):
@@ -293,12 +314,13 @@ def test_measured_masks_are_those_of_the_fits(drawn: tuple[dict, dict], spec: di
     bundle = [training.Configuration(learning_rate=2e-2, seed=seed) for seed in (0, 1)]
     fits = training.fit(model, task, methods.AdaViPro(width=5), bundle, recipe=RECIPE)
     x = training.normalized(model, task.test, fits[0].split.test[:6])
-    masks = torch.stack([fit.prompt.regions(x) for fit in fits])
-    counts = mask_study.touched(fits[0].prompt.layout)
-    assert values["share"] == pytest.approx(float(masks[..., counts].mean()))
-    assert values["num_regions"] == int(counts.sum())
-    apart = (masks[0] != masks[1])[..., counts].double().mean()
-    assert values["between_seeds"] == pytest.approx(float(apart))
-    chances = torch.stack([fit.prompt.probabilities(x)[:, counts] for fit in fits])
-    assert values["probability_between_seeds"] == pytest.approx(float((chances[0] - chances[1]).abs().mean()), abs=1e-6)
-    assert values["probability"][1] == pytest.approx(float(chances.flatten().quantile(0.5)))
+    masks = torch.stack([on_frame(fit.prompt, fit.prompt.regions(x)) for fit in fits])
+    assert values["share"] == pytest.approx(float(masks.mean()))
+    assert values["between_seeds"] == pytest.approx(float((masks[0] != masks[1]).double().mean()))
+    chances = torch.stack([fit.prompt.probabilities(x) for fit in fits])
+    by_pixel = torch.stack([on_frame(fit.prompt, chance) for fit, chance in zip(fits, chances, strict=True)])
+    apart = float((by_pixel[0] - by_pixel[1]).abs().mean())
+    assert values["probability_between_seeds"] == pytest.approx(apart, abs=1e-6)
+    reached = mask_study.frame_pixels(fits[0].prompt.layout) > 0
+    assert values["num_regions"] == int(reached.sum()) == 64 - 16
+    assert values["probability"][1] == pytest.approx(float(chances[..., reached].flatten().quantile(0.5)))

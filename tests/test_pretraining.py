@@ -227,6 +227,16 @@ def test_only_the_last_two_checkpoints_and_those_to_keep_stay(task, tmp_path):
         pretrain(config, tmp_path, task=task, keep=[1])
 
 
+def test_a_call_that_resumes_keeps_what_the_calls_before_kept(task, tmp_path):
+    config = small_config(backbone="test_resnet", epochs=5, randaugment=None)
+    pretrain(config, tmp_path, task=task, keep=[1], minutes=0.0)
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["epoch-0000.pt", "epoch-0001.pt"]
+    pretrain(config, tmp_path, task=task)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["epoch-0001.pt", "epoch-0004.pt", "epoch-0005.pt"]
+    assert cards.read(tmp_path / "test_resnet.epoch-0001.safetensors")["epochs"] == 1
+
+
 def test_the_exported_file_loads_strictly_and_computes_what_the_average_computes(task, tmp_path):
     output = pretrain(small_config(backbone="test_resnet", epochs=2), tmp_path, task=task)
     state, checkpoint = safetensors.torch.load_file(output), read(tmp_path, 2)
@@ -266,10 +276,15 @@ def test_the_model_card_tells_what_was_done_and_the_random_start_is_exported_unt
     assert len(trained["pos_embed"][0]) == 1 + (32 // 16) ** 2
 
 
-def test_a_run_may_begin_with_the_average_of_another_and_its_card_tells_of_both(task, finished, tmp_path):
+def test_a_run_may_begin_with_the_average_of_another_and_its_card_tells_of_both(task, finished, tmp_path, monkeypatch):
     first = finished / "checkpoints/epoch-0002.pt"
     gentle = small_config(epochs=1, warmup_epochs=0.0, randaugment=None, mixup=0.0)
+    streams, stream = [], determinism.random_stream
+    monkeypatch.setattr(
+        run, "random_stream", lambda seed, index, *rest: streams.append(index) or stream(seed, index, *rest)
+    )
     weights = pretrain(gentle, tmp_path / "second", task=task, after=first, keep=[0])
+    assert streams == [3]  # the first run's two epochs have drawn their orders and crops
     begun = read(tmp_path / "second", 0)
     assert_same_bits(begun["model"], read(finished, 2)["ema"])
     card = cards.read(weights)
@@ -280,8 +295,9 @@ def test_a_run_may_begin_with_the_average_of_another_and_its_card_tells_of_both(
     assert (before["epoch"], before["recipe"]) == (2, small_config().recipe)
     assert before["sha256"] == hashlib.sha256(first.read_bytes()).hexdigest()
     text = weights.with_suffix(".md").read_text()
-    assert "after\n1 of 1 epochs from the weights of an earlier run (2 epochs, below)" in text
-    assert "## The run before: 2 epochs" in text
+    assert "after 1 of 1 epochs from the weights of an earlier run (2 of 2 epochs, below)" in text
+    assert "## The run before: 2 of 2 epochs" in text
+    assert before["sha256"] in text
 
     assert pretrain(gentle, tmp_path / "second", task=task, after=first) == weights  # resumes: nothing to do
     with pytest.raises(ValueError, match=r"with after='\w{64}', not after=None; take another output folder"):
@@ -519,6 +535,12 @@ def test_what_may_not_ship_is_refused_and_nothing_is_written(exported, tmp_path)
     refused("epoch-0002.safetensors began from seed 1, but vit_micro.random", last, early)
     change(early, recipe={"size": 64, "epochs": 20, "seed": 0})
     refused("are of two runs: they differ in recipe", last, early)
+    was = cards.read(last)
+    change(last, before=[{"epoch": 7, "recipe": was["recipe"]} | EARLIER])
+    refused(
+        "epoch-0008.safetensors is not on the way to vit_micro.safetensors, which left that run at epoch 7", last, late
+    )
+    change(last, before=[])
     again = [{"epoch": 30, "recipe": cards.read(last)["recipe"]}]
     change(early, recipe=cards.read(last)["recipe"], before=again)
     refused("epoch-0002.safetensors did not begin with random weights; ship epochs of the first run", last, early)

@@ -38,7 +38,9 @@ def test_the_last_stage_of_the_small_suite_is_a_part_of_sweep_s():
 
 def test_a_study_runs_and_its_table_names_backbone_and_stage_apart(tmp_path: Path):
     protocol = sweeps.Protocol(
-        recipe=training.Recipe(num_epochs=1, num_train=24, num_validation=9, num_test=12, precision="float32"),
+        recipe=training.Recipe(
+            num_epochs=1, batch_size=12, num_train=24, num_validation=9, num_test=12, precision="float32"
+        ),
         learning_rates=(1e-2,),
         seeds=(0,),
     )

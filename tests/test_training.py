@@ -777,7 +777,7 @@ def test_arguments_of_another_kind_are_named(task: tasks.Task):
 
 def test_a_single_step_trains_nothing_and_says_so(task: tasks.Task):
     recipe = replace(RECIPE, num_epochs=1, batch_size=40)
-    with pytest.warns(UserWarning, match="one step is all of an epoch of 40 images.*nothing is trained"):
+    with pytest.warns(UserWarning, match="one step is all of an epoch of 40 images.*is not trained"):
         (fit,) = training.fit(tiny.backbone("vit"), task, ActivationPrompting(site="blocks.1:input"), recipe=recipe)
     assert fit.prompt_norm == 0
 

@@ -1,4 +1,4 @@
-"""Train a backbone from random weights on an image classification task, resumable to the bit.
+"""Train a backbone on an image classification task, resumable to the bit.
 
 One run is one folder: a checkpoint after every epoch, and at the end the averaged weights in half precision
 with a model card. Every random draw of an epoch comes from a stream seeded by (seed, epoch), so a checkpoint
@@ -28,27 +28,27 @@ def command(
     data: Annotated[Path | None, typer.Option(help="Folder that holds the task.")] = Config.data,
     size: Annotated[int, typer.Option(help="Side of the images, in pixels.")] = Config.size,
     num_classes: Annotated[int | None, typer.Option(help="Only the first classes.")] = Config.num_classes,
-    num_validation: Annotated[int, typer.Option(help="Images held out.")] = Config.num_validation,
+    num_validation: Annotated[int, typer.Option(help="Training images held out.")] = Config.num_validation,
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = Config.epochs,
     batch_size: Annotated[int, typer.Option(help="Images of a step.")] = Config.batch_size,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW, at its peak.")] = Config.learning_rate,
-    weight_decay: Annotated[float, typer.Option(help="Of matrices and kernels.")] = Config.weight_decay,
-    warmup_epochs: Annotated[float, typer.Option(help="Linear, then a cosine.")] = Config.warmup_epochs,
-    max_gradient_norm: Annotated[float, typer.Option(help="Limit.")] = Config.max_gradient_norm,
-    label_smoothing: Annotated[float, typer.Option(help="0 is off.")] = Config.label_smoothing,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW, on matrices and kernels alone.")] = Config.weight_decay,
+    warmup_epochs: Annotated[float, typer.Option(help="Epochs before the cosine.")] = Config.warmup_epochs,
+    max_gradient_norm: Annotated[float, typer.Option(help="Longer ones are shortened.")] = Config.max_gradient_norm,
+    label_smoothing: Annotated[float, typer.Option(help="Of the labels; 0 is off.")] = Config.label_smoothing,
     padding: Annotated[int, typer.Option(help="Reflected pixels around the random crop.")] = Config.padding,
-    randaugment: Annotated[int | None, typer.Option(help="Magnitude, 0 to 30.")] = Config.randaugment,
+    randaugment: Annotated[int | None, typer.Option(help="Magnitude, 0 to 30; else off.")] = Config.randaugment,
     mixup: Annotated[float, typer.Option(help="Alpha of the Beta distribution; 0 is off.")] = Config.mixup,
-    ema_decay: Annotated[float, typer.Option(help="Of the average of the weights.")] = Config.ema_decay,
+    ema_decay: Annotated[float, typer.Option(help="Of the exported moving average.")] = Config.ema_decay,
     seed: Annotated[int, typer.Option(help="Of weights, held-out images and order.")] = Config.seed,
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = Config.precision,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = Config.device,
     after: Annotated[Path | None, typer.Option(help="Checkpoint of another run to begin with.")] = None,
-    keep: Annotated[list[int] | None, typer.Option(help="Epoch to export as well; 0 is the start.")] = None,
+    keep: Annotated[list[int] | None, typer.Option(help="Epoch to export at the end as well; 0: the start.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Stop between epochs before this.")] = None,
     note: Annotated[str, typer.Option(help="For the model card, for instance a licence.")] = "",
 ) -> None:
-    """Train a backbone from random weights; a killed run goes on, to the bit, by the same call."""
+    """Train a backbone; a killed run goes on, to the bit, by the same call."""
     given = dict(locals())
     config = Config(**{field.name: given[field.name] for field in fields(Config)})
     try:

@@ -49,19 +49,30 @@ def num_epochs(card: Mapping[str, Any]) -> int:
 
 def text(card: Mapping[str, Any]) -> str:
     """The card in Markdown."""
-    file, test, data, epochs = card["file"], card["test"], card["data"], card["recipe"]["epochs"]
-    hours = f", {card['hours']:.1f} hours of wall clock" if card["hours"] else ""
-    runs = card.get("before", [])
-    start = f"the weights of an earlier run ({runs[-1]['epoch']} epochs, below)" if runs else "random weights"
+    file, test, data, recipe = card["file"], card["test"], card["data"], card["recipe"]
+    earlier, epochs, hours = card.get("before", []), num_epochs(card), card["hours"]
+    start, whole = "random weights", ""
+    if earlier:
+        start = f"the weights of an earlier run ({_length(earlier[-1])}, below)"
+        whole = f" ({epochs} epochs and {hours + sum(run['hours'] for run in earlier):.1f} hours in all)"
+    clock = f", {hours:.1f} hours of wall clock{whole}" if hours else ""
+    losses = ""
+    if card["curve"]:
+        losses = "In the curve, `loss` is that of the training images as they were augmented, with softened labels"
+        losses += "; `validation_*` are of training images held out." if data.get("validation") else "."
     return f"""# {Path(file["name"]).stem}
 
-`{file["name"]}`: {card["parameters"]:,} parameters ({_WEIGHTS[file["weights"]]}) in float16, after
-{card["epochs"]} of {epochs} epochs from {start}{hours}.
+`{file["name"]}`: {card["parameters"]:,} parameters ({_WEIGHTS[file["weights"]]}) in float16, running variances of batch
+norms in float32, after {card["epochs"]} of {recipe["epochs"]} epochs from {start}{clock}.
 
-**Top-1 {test["top1"]:.2%}** on the {test["images"]:,} test images of `{data["name"]}` ({data["classes"]}
-classes).{" Nothing was chosen on them; the curve is of images held out of train." if card["curve"] else ""}
+**Top-1 {test["top1"]:.2%}** on the {test["images"]:,} test images of `{data["name"]}` ({data["classes"]} classes).
+{losses}
 
 {card["note"]}
+
+```python
+backbone = apthory.load_backbone("{card["backbone"]}", weights="{file["name"]}")
+```
 
 ## Data
 {_pairs(data)}
@@ -74,7 +85,7 @@ classes).{" Nothing was chosen on them; the curve is of images held out of train
 
 ## Curve
 {_table(card["curve"]) or "Not recorded."}
-""" + "".join(_earlier(run) for run in reversed(runs))
+""" + "".join(_earlier(run) for run in reversed(earlier))
 
 
 def problems(weights: Path) -> list[str]:
@@ -124,11 +135,15 @@ def ship(files: Sequence[Path], folder: Path | None = None) -> list[Path]:
             raise ValueError(f"{path.name} without {card['backbone']}.safetensors, the end of its run; give both")
         if path == last:
             continue
-        expected = {"recipe": _first_run(cards[last])["recipe"], "data": cards[last]["data"]}
+        first = _first_run(cards[last])
+        expected = {"recipe": first["recipe"], "data": cards[last]["data"]}
         if differing := [part for part, value in expected.items() if card[part] != value]:
             raise ValueError(f"{path.name} and {last.name} are of two runs: they differ in {' and '.join(differing)}")
         if card.get("before"):
             raise ValueError(f"{path.name} did not begin with random weights; ship epochs of the first run alone")
+        ended = first.get("epoch", cards[last]["epochs"])
+        if card["epochs"] > ended:
+            raise ValueError(f"{path.name} is not on the way to {last.name}, which left that run at epoch {ended}")
     replaced = {card["backbone"] for card in cards.values()}
     there = {path for path in folder.glob("*.*") if path.name.partition(".")[0] in replaced}
     stages = [*cards, *(path for path in folder.glob("*.safetensors") if path not in there)]
@@ -167,7 +182,7 @@ def _accepted(path: Path) -> dict[str, Any]:
         raise ValueError(f"the card of {path.name} has no note; say the licence of the data: `apthory pretrain --note`")
     if (seed := _first_run(card)["recipe"]["seed"]) != 0:
         raise ValueError(f"{path.name} began from seed {seed}, but {card['backbone']}.random is the start of seed 0")
-    if not card["epochs"]:
+    if not num_epochs(card):
         raise ValueError(f"{path.name} is where its run began; {card['backbone']}.random needs no file")
     return card
 
@@ -179,11 +194,19 @@ def _first_run(card: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _earlier(run: Mapping[str, Any]) -> str:
     return f"""
-## The run before: {run["epoch"]} epochs, {run["hours"]:.1f} hours
+## The run before: {_length(run)}, {run["hours"]:.1f} hours
+Its checkpoint has the SHA-256 `{run["sha256"]}`.
+
 {_pairs(run["recipe"])}
+
+{_pairs(run["environment"])}
 
 {_table(run["curve"])}
 """
+
+
+def _length(run: Mapping[str, Any]) -> str:
+    return f"{run['epoch']} of {run['recipe']['epochs']} epochs"
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -47,8 +47,9 @@ def pretrain(
             and at the end ``<backbone>.safetensors`` with its model card, see `exports.export`.
         task: Used in place of ``tasks.load(config.task, config.size, config.data)``.
         after: A checkpoint of another run on the same images, whose averaged weights this one begins with; random
-            weights if left out. The card then tells of both runs.
-        keep: Epochs to keep and export too, as ``<backbone>.epoch-NNNN.safetensors``; 0 is where the run begins.
+            weights if left out. Epochs draw on where that run's ended, and the card tells of both runs.
+        keep: Epochs to keep, and to export at the end as ``<backbone>.epoch-NNNN.safetensors``; 0 is where the run
+            begins. A call that resumes keeps those of the calls before, too.
         minutes: Stop between epochs rather than pass this time, after one at least; the next call goes on.
         note: A sentence for the model card, for instance the licence of the data.
 
@@ -62,11 +63,11 @@ def pretrain(
         KeyboardInterrupt: On Ctrl-C, naming the checkpoint from which the same call goes on.
     """
     task = exports.first_classes(task or tasks.load(config.task, config.size, config.data), config.num_classes)
-    run, folder = Run(config, task, after), output / "checkpoints"
+    run, folder = Run(config, task, after, keep), output / "checkpoints"
     path = run.resume(folder) or run.save(folder)
     first, clock = run.epoch, time.perf_counter()
-    kept = {epoch: exports.path_of(folder, epoch) for epoch in keep}
-    for epoch, checkpoint in kept.items():
+    for epoch in keep:
+        checkpoint = exports.path_of(folder, epoch)
         if not (first < epoch <= config.epochs or checkpoint.exists()):
             raise ValueError(f"keep={epoch}: no {checkpoint}; this call trains from {first} to {config.epochs}")
     with progress(total=config.epochs, initial=first, desc=config.backbone, unit="epoch") as bar:
@@ -83,21 +84,23 @@ def pretrain(
                 raise FloatingPointError(f"{error}; the last good checkpoint is {path}") from None
             older = (old for old in folder.glob("epoch-*.pt") if exports.epoch_of(old) < run.epoch - 1)
             for old in (*older, *folder.glob("epoch-*.partial")):  # the latter of killed runs
-                if old not in kept.values():
+                if old.suffix == ".partial" or exports.epoch_of(old) not in run.keep:
                     old.unlink()
             bar.update()
             bar.set_postfix({name: f"{value:.4g}" for name, value in run.curve[-1].items()})
     stem = config.backbone.replace("/", "_")
-    for epoch, checkpoint in kept.items():
-        target = output / f"{stem}.epoch-{epoch:04d}.safetensors"
-        exports.export(checkpoint, target, task=task, device=config.device, note=note)
+    for epoch in sorted(run.keep):
+        if (checkpoint := exports.path_of(folder, epoch)).exists():
+            target = output / f"{stem}.epoch-{epoch:04d}.safetensors"
+            exports.export(checkpoint, target, task=task, device=config.device, note=note)
     return exports.export(path, output / f"{stem}.safetensors", task=task, device=config.device, note=note)
 
 
 class Run:
     """The moving parts of a run: model, average, optimizer, schedule, and how far they are."""
 
-    def __init__(self, config: Config, task: Task, after: Path | None = None) -> None:
+    def __init__(self, config: Config, task: Task, after: Path | None = None, keep: Sequence[int] = ()) -> None:
+        self.keep = set(keep)
         self.config, self.task, self.device = config, task, find_device(config.device)
         self.precision = find_precision(config.precision, self.device)
         self.split = task.split(config.seed, None, config.num_validation, None)
@@ -134,7 +137,8 @@ class Run:
         mixup = v2.MixUp(alpha=config.mixup, num_classes=len(self.task.classes)) if config.mixup else None
         mean, std = mean_std(self.model)
         watched = torch.zeros(self.steps, 2, device=self.device)  # loss and length of the gradient
-        with random_stream(config.seed, epoch, self.device) as generator, same_bits(self.device):
+        done = sum(run["epoch"] for run in self.before)
+        with random_stream(config.seed, done + epoch, self.device) as generator, same_bits(self.device):
             self.model.train()
             order = self.split.train[torch.randperm(len(self.split.train), generator=generator)]
             batches = order[: self.steps * config.batch_size].split(config.batch_size)
@@ -177,6 +181,7 @@ class Run:
             "seconds": self.seconds,
             "curve": self.curve,
             "before": self.before,
+            "keep": sorted(self.keep),
             "environment": records.environment(),
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict(),
@@ -205,6 +210,7 @@ class Run:
             self.ema.module.load_state_dict(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.epoch, self.seconds, self.curve = state["epoch"], state["seconds"], state["curve"]
+            self.keep |= set(state.get("keep", []))
             return path
         return None
 
