@@ -282,7 +282,8 @@ with figures.theme(width=1.0, rows=1.3):
 # What came out on real images (small suite):
 #
 # - *No metric is found to explain where prompts work.* No correlation with accuracy can be told from zero on any of the
-#   three backbones; intervals are some 0.4 wide to either side, so a moderate one is not excluded. On the small ResNet
+#   three backbones; intervals are some 0.4 wide to either side on the micro backbones, so a moderate one is not
+#   excluded, and exclude nothing on MobileNetV2. On the small ResNet
 #   radius and reach rank the sites exactly as those of random weights do, on every task: what they measure there is the
 #   architecture's. On the ViT attention distance is no exception (0.20 [-0.22, 0.62]); its control is weak, since
 #   shuffled weights attend all but uniformly and rank the blocks by chance. With the starter weights that shipped
@@ -294,10 +295,10 @@ with figures.theme(width=1.0, rows=1.3):
 #   the second block, 0.97 from the sixth on. The last quarter lies 1 % above the one before, half of which goes where
 #   attention to the class token counts as distance zero.
 # - *The patches' attention matters less and less* from the third block on: made uniform in one block, it moves the
-#   features by 45 % of their spread there, by 12 % in the sixth, by 8 % in the seventh and by nothing in the eighth,
-#   while the class token's own attention keeps its weight to the end. A mean over the patches' queries is the wrong
-#   summary of the deepest layers of a network that reads out its class token. Whether this is what happens in the
-#   paper's ViT-L was not run.
+# features by 45 % of their spread there, by 12 % in the sixth, by 8 % in the seventh and by nothing in the eighth,
+# while the class token's own attention never moves them by less than 24 %. A mean over the patches' queries is the
+# wrong summary of the deepest layers of a network that reads out its class token. Whether this is what happens in the
+# paper's ViT-L was not run.
 # - *Reach* (the depth hypothesis of notebook 05's theorem): on MobileNetV2 an image's gradient is spread over a third
 #   of the first sites' positions and nearly all of the last one's; on the ViT it sits on one or two tokens of
 #   65, the class token first of all, at every depth.

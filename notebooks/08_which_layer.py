@@ -377,16 +377,16 @@ pd.concat(beside, axis=1, join="inner").round(3)
 #
 # Statistics and thresholds were fixed in `claims.toml` before any score was seen.
 #
-# What came out on real images (small suite): no score reaches a rank correlation of 0.8 on any backbone: refuted on
-# the two micro backbones, open on MobileNetV2. The best is alignment on the CNN, at 0.35 [0.01, 0.70]; on the ViT none
-# is above 0.2. (With the starter weights that shipped before it was newton on the CNN, at 0.44 [0.18, 0.70]; 0.28
-# now.) The validation accuracy of the trained prompts themselves reaches 0.36 on the CNN and 0.52 on the ViT: on most
-# tasks the sites differ by little more than the noise. On the two tasks where they differ most (traffic signs and hand
-# signs) the gain ranks them at 0.79 and 0.72 on the CNN, at 0.60 and 0.88 on the ViT, and depth alone, shallower being
-# better, at 0.35 to 0.81. That division was seen afterwards, on the starters, and is no verdict. The found score is at
-# -0.25, 0.02 and 0.06 on tasks it was not found on: it tells nothing. Windows follow depth so closely that they say no
-# more than it does, and where the hypothesis on reach wants few windows to be good, the CNN's correlation is negative
-# (-0.24, open).
+# What came out on real images (small suite): no score reaches a rank correlation of 0.8 on any backbone: refuted on the
+# two micro backbones, open on MobileNetV2. The best is alignment on the CNN, at 0.35 [0.01, 0.70]; on the ViT none is
+# above 0.2. (With the starter weights that shipped before it was newton on the CNN, at 0.44 [0.18, 0.70]; 0.28 now.)
+# The validation accuracy of the trained prompts themselves reaches 0.36 on the CNN and 0.52 on the ViT: on most tasks
+# the sites differ by 2.5 to 7.4 points, of which some two would be noise. On the two tasks where they differ most
+# (traffic signs and hand signs) the gain ranks them at 0.79 and 0.72 on the CNN, at 0.60 and 0.88 on the ViT, and depth
+# alone, shallower being better, at 0.35 to 0.81. That division was seen afterwards, on the starters, and is no verdict.
+# The found score is at -0.25, 0.02 and 0.06 on tasks it was not found on: it tells nothing. Windows follow depth so
+# closely that they say no more than it does; the hypothesis on reach wants few windows to be good, and their
+# correlations are negative on both micro backbones (-0.24 and -0.26), though neither can be told from zero.
 #
 # The search stays within an eighth of the sweep's FLOPs (counted with three rates and one seed) and loses, in the
 # mean, -0.7 points on the CNN, 1.5 on the ViT and 3.0 on MobileNetV2, with intervals that reach far beyond the one
