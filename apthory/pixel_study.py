@@ -82,7 +82,7 @@ def run_study(study: Study, folder: Path, executor: Executor | None = None) -> p
 def recorded(study: Study, folder: Path) -> pd.DataFrame | None:
     """The table of `run_study` where every cell has its record, without the data and weights; None where one lacks."""
     named = _shared(cells(study))
-    names = {f"{function.__module__}.{function.__qualname__}" for function in (sweeps.run_cell, run_shifted)}
+    names = {records.name_of(function) for function in (sweeps.run_cell, run_shifted)}
     wanted = {sweeps.key(config) for _, config, _ in named}
     every = (one for one in records.load_all(folder) if one.name in names) if named else ()
     found = sweeps.by_config(one for one in every if sweeps.key(one.config) in wanted)

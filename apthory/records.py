@@ -141,6 +141,11 @@ def read(path: Path) -> Record:
     return record
 
 
+def name_of(function: Callable[..., Any]) -> str:
+    """The name under which records of a function are kept."""
+    return f"{function.__module__}.{function.__qualname__}"
+
+
 def load_all(folder: Path, name: str | None = None) -> list[Record]:
     """All whole records of a folder, in the order of their keys; only those of one function if named."""
     found = []
@@ -247,7 +252,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def _identity(function: Callable[..., Any], config: Any, data: str, weights: str) -> dict[str, Any]:
     """What a record's key is the digest of."""
-    name = f"{function.__module__}.{function.__qualname__}"
+    name = name_of(function)
     if function.__module__ == "__main__" or "." in function.__qualname__:
         raise ValueError(f"{name} cannot be imported by name; define it at the top level of a module")
     return {

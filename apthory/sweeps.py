@@ -273,8 +273,7 @@ def fetch(
     except (ValueError, OSError) as error:
         if {"APTHORY_DATA", "APTHORY_WEIGHTS", "APTHORY_FRESH"} & set(os.environ):
             raise
-        name = f"{function.__module__}.{function.__qualname__}"
-        record = _by_config(folder, name).get(key(config))
+        record = _by_config(folder, records.name_of(function)).get(key(config))
         if record is None:
             raise
         warnings.warn(f"taking the record of {config['task']!r} as it is, since {error}", stacklevel=2)

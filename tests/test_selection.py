@@ -198,6 +198,7 @@ def test_second_order_scores_are_those_of_dense_matrices(family):
             by_class.setdefault(int(labels[index]), []).append(jacobians[index].T @ residuals[index][1])
         sizes = labels[prepared.unseen].bincount(minlength=12).tolist()
         judge = sum(sizes[label] * torch.stack(own).mean(0) for label, own in by_class.items()) / sum(sizes)
+        assert float((step @ judge.numpy()) - step @ g.numpy()) != 0.0
         gains.append(step @ judge.numpy() / 2)
     assert row["newton"] == pytest.approx(np.mean(gains), rel=1e-3)
     several = [jacobians[int(index)] for index in prepared.pairs.flatten()]
