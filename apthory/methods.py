@@ -280,7 +280,7 @@ class EVP:
     around: bool = True  # False lays the frame on the whole image instead
     diversity: tuple[pixels.Diversity, ...] = ("flip", "crop")  # augmentation of training images; () for none
     normalization: pixels.Normalization = "l2"  # norm that the gradient is divided by
-    rate: float = 10.0  # step of the prompt, relative to the learning rate of the head
+    rate: float = 1.0  # step of the prompt, relative to the learning rate of the head
     head: Literal["trained", "frozen"] = "trained"
     site: ClassVar[str] = ":input"
 
@@ -315,8 +315,8 @@ class AdaViPro:
     decay: float = 0.98  # of the temperature, by epoch
     floor: float = 0.1  # it falls no further; the paper's own is unknown, and 1000 epochs without one end at 8e-9
     init: float = 1.0  # standard deviation of the initial prompt
-    rate: float = 10.0  # learning rate of the prompt, relative to that of the head
-    generator_rate: float = 0.25  # of the mask generator: a 40th of the prompt's, as in the paper
+    rate: float = 1.0  # learning rate of the prompt, relative to that of the head
+    generator_rate: float = 0.25  # of the mask generator; the paper's is a 40th of its prompt's
     head: Literal["trained", "frozen"] = "trained"
     site: ClassVar[str] = ":input"
 

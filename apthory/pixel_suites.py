@@ -73,10 +73,20 @@ ABLATIONS: Arms = {
 NORMALIZED: Arms = {
     f"{norm} x{rate:g}": {
         "name": "evp",
-        **({} if (norm, rate) == ("l2", 10) else {"normalization": norm, "rate": rate}),
+        **({} if (norm, rate) == ("l2", 1) else {"normalization": norm, "rate": rate}),
     }
     for norm, rates in RATES.items()
     for rate in rates
+}
+BY_RATE: Arms = {  # each method's share of the learning rate: validation images chose the default
+    "vp x1": {"name": "vp", "rate": 1.0},
+    "vp x10": {"name": "vp"},
+    "vp x100": {"name": "vp", "rate": 100.0},
+    "evp x1": {"name": "evp"},
+    "evp x10": {"name": "evp", "rate": 10.0},
+    "adavipro x1": {"name": "adavipro"},
+    "adavipro x10": {"name": "adavipro", "rate": 10.0},
+    "adavipro x1, generator x0.025": {"name": "adavipro", "rate": 1.0, "generator_rate": 0.025},
 }
 MAPPED: Arms = {"unprompted": {"name": "linear_probe"}, "vp": {"name": "vp"}, "evp": {"name": "evp"}}
 HEADS = {
@@ -109,7 +119,7 @@ def _embedded() -> dict[str, Study]:
             "widths": Part(arms=_arms(BY_WIDTH, *ends), **two),
             "placement": Part(arms={name: PLACEMENT[name] for name in PLACEMENT if not name.endswith(" 5")}, **two),
             "ablations": Part(arms=_arms(ABLATIONS, "evp", "no diversity", "adavipro", "no edges"), **two),
-            "normalization": Part(arms=_arms(NORMALIZED, "l2 x10", "none x30000"), **two),
+            "normalization": Part(arms=_arms(NORMALIZED, "l2 x1", "none x3000"), **two),
             "4 per class": Part(arms=BY_SCALE, per_class=4, **two),
             "corruptions": Part(arms=BY_SCALE, shifts=CORRUPTIONS[1::3], **two),
         },
@@ -147,6 +157,7 @@ def _small() -> dict[str, Study]:
             "widths": Part(arms=BY_WIDTH, **side),
             "placement": Part(arms=PLACEMENT, **side),
             "ablations": Part(arms=ABLATIONS, **side),
+            "rates": Part(arms=BY_RATE, **side),
             "normalization": Part(arms=NORMALIZED, **side),
             "4 per class": Part(arms=BY_SCALE, per_class=4, tasks=tasks[1:], protocol=two_seeds),
             "16 per class": Part(arms=BY_SCALE, per_class=16, tasks=tasks[1:], protocol=two_seeds),
