@@ -48,8 +48,9 @@ gpu: ## what wants a GPU: backbones, costs at the paper's shapes, five seeds, wi
 	  { $(PRETRAIN); } && cp checkpoints/$$name/$$name.safetensors checkpoints || exit; done
 	$(RUN) apthory sweep wide --suite paper --data "$(APTHORY_DATA)" --weights checkpoints
 
-bench: venv ## measure the prefix cache, CKA and attention distance against the usual loops, side by side
+bench: venv ## measure the prefix cache, steps on pixels, CKA and attention distance, side by side with the usual loops
 	$(RUN) apthory bench
+	$(RUN) apthory bench-pixels
 	$(RUN) pip install -qq --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(RUN) apthory bench-metrics
 

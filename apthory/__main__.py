@@ -154,6 +154,7 @@ _later("ship", "pretraining.cards", "Put pretrained weights into the package, ea
 _later("sweep", "studies", "Run studies by name: prompts at every site, prompts on pixels; resumes.")
 _later("layers", "layers", "Rank the layers of a backbone on a task by one backward pass, and name the one to prompt.")
 _later("bench", "bench", "Measure training speed against the bounds, side by side.")
+_later("bench-pixels", "pixel_bench", "Time prompts on pixels beside bare passes, and a label mapping beside a run.")
 _later("bench-metrics", "metric_bench", "Race CKA and attention distance against the usual tools, side by side.")
 
 

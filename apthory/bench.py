@@ -72,7 +72,7 @@ def race(
                 "suffix_share": _suffix_share(model, site),
                 **{f"{name}_seconds": value for name, value in seconds.items()},
                 **{f"{name}_accuracy": value for name, value in accuracy.items()},
-                "step_over_bare": _step_over_bare(model, task, site, how, len(bundle)),
+                "step_over_bare": step_over_bare(model, task, method, how, len(bundle)),
                 "cache_bytes": cache_bytes,
             }
         )
@@ -112,6 +112,32 @@ def summarize(record: records.Record) -> pd.DataFrame:
     return pd.DataFrame(out)
 
 
+def step_over_bare(
+    model: nn.Module, task: Task, method: methods.Method, recipe: training.Recipe, num: int, num_repeats: int = 9
+) -> float:
+    """Time of the loop's step, divided by that of the bare suffix's forward and backward on the same stack.
+
+    Args:
+        num: Configurations in the stack, one batch each.
+    """
+    configurations = [training.Configuration(learning_rate=rate) for rate in RATES[:num]]
+    bundle = training.Bundle(model, task, method, configurations, recipe)
+    chunks = [bundle.splits[0].train[: recipe.batch_size]] * num
+    _, plain = sites.split(model, method.site)
+    leaf, *others = bundle.source(torch.cat(chunks))
+    leaf.requires_grad_(True)
+
+    def bare() -> None:
+        with training.autocast(model, recipe.precision):
+            features = plain(leaf, *others)
+        features.float().sum().backward()
+        leaf.grad = None
+
+    works = {"step": lambda: bundle.step(chunks, 0.5), "bare": bare}
+    seconds = efficiency.interleaved_seconds(works, num_repeats, bundle.device)
+    return float(np.median(seconds["step"]) / np.median(seconds["bare"]))
+
+
 def command(
     suite: Annotated[str, typer.Option(help="where the records go")] = "small",
     epochs: Annotated[int, typer.Option(help="epochs of each training")] = RECIPE.num_epochs,
@@ -143,28 +169,6 @@ def _suffix_share(model: nn.Module, site: str) -> float:
     with torch.no_grad():
         crossing = prefix(x)
         return efficiency.count_flops(lambda: suffix(*crossing)) / efficiency.count_flops(lambda: model(x))
-
-
-def _step_over_bare(
-    model: nn.Module, task: Task, site: str, recipe: training.Recipe, num: int, num_repeats: int = 9
-) -> float:
-    """Time of the loop's step, divided by that of the bare suffix's forward and backward on the same stack."""
-    configurations = [training.Configuration(learning_rate=rate) for rate in RATES[:num]]
-    bundle = training.Bundle(model, task, methods.ActivationPrompting(site=site), configurations, recipe)
-    chunks = [bundle.splits[0].train[: recipe.batch_size]] * num
-    _, plain = sites.split(model, site)
-    leaf, *others = bundle.source(torch.cat(chunks))
-    leaf.requires_grad_(True)
-
-    def bare() -> None:
-        with training.autocast(model, recipe.precision):
-            features = plain(leaf, *others)
-        features.float().sum().backward()
-        leaf.grad = None
-
-    works = {"step": lambda: bundle.step(chunks, 0.5), "bare": bare}
-    seconds = efficiency.interleaved_seconds(works, num_repeats, bundle.device)
-    return float(np.median(seconds["step"]) / np.median(seconds["bare"]))
 
 
 class _Customary:

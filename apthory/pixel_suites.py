@@ -119,6 +119,7 @@ def _embedded() -> dict[str, Study]:
             "widths": Part(arms=_arms(BY_WIDTH, *ends), **two),
             "placement": Part(arms={name: PLACEMENT[name] for name in PLACEMENT if not name.endswith(" 5")}, **two),
             "ablations": Part(arms=_arms(ABLATIONS, "evp", "no diversity", "adavipro", "no edges"), **two),
+            "rates": Part(arms={name: BY_RATE[name] for name in BY_RATE if name.endswith(("x1", "x10"))}, **two),
             "normalization": Part(arms=_arms(NORMALIZED, "l2 x1", "none x3000"), **two),
             "4 per class": Part(arms=BY_SCALE, per_class=4, **two),
             "corruptions": Part(arms=BY_SCALE, shifts=CORRUPTIONS[1::3], **two),

@@ -56,7 +56,7 @@ def test_help_needs_no_torch_and_lists_the_commands():
     code += "finally: print({'torch', 'pandas', 'papermill'} & sys.modules.keys(), file=sys.stderr)"
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert shown.stderr == "set()\n"
-    for name in ("run", "check", "tasks", "sweep", "layers", "pretrain", "bench", "bench-metrics", "cite"):
+    for name in ("run", "check", "tasks", "layers", "cite", *FORWARDED):
         assert f" {name} " in shown.stdout
 
 
@@ -179,7 +179,13 @@ def test_a_call_that_cannot_be_read_is_a_usage_error(project, arguments):
     assert "Usage: " in result.stderr
 
 
-FORWARDED = {"sweep": "studies", "pretrain": "pretraining", "bench": "bench", "bench-metrics": "metric_bench"}
+FORWARDED = {
+    "sweep": "studies",
+    "pretrain": "pretraining",
+    "bench": "bench",
+    "bench-pixels": "pixel_bench",
+    "bench-metrics": "metric_bench",
+}
 
 
 @pytest.fixture(params=["run", "check", "tasks", "cite", *FORWARDED])

@@ -48,6 +48,7 @@ MAY_IMPORT = {
     "selection": BELOW_SWEEPS | {"theory", "ranking"},
     "sweeps": BELOW_SWEEPS | {"clip"},
     "bench": BELOW_SWEEPS,
+    "pixel_bench": BELOW_SWEEPS | {"bench"},
     "metric_bench": BELOW_SWEEPS,
     "profiles": {"sites", "metrics", "progress"},
     "global_study": BELOW_SWEEPS | {"input_study", "profiles"},

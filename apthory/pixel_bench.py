@@ -1,0 +1,76 @@
+"""What prompts on pixels cost: a step beside the backbone's own two passes, and a label mapping beside a run."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from statistics import median
+from typing import Annotated, Any
+
+import pandas as pd
+import typer
+
+from apthory import backbones, bench, efficiency, heads, methods, pixels, records, tasks, training
+from apthory.progress import progress
+
+METHODS: Mapping[str, methods.Method] = {"vp": methods.VP(), "evp": methods.EVP(), "adavipro": methods.AdaViPro()}
+
+
+@records.versioned(1)
+def race(backbone: Mapping[str, Any], recipe: Mapping[str, Any], num_repeats: int = 3) -> dict[str, Any]:
+    """Time steps of one configuration and a one-time label mapping on the embedded textures.
+
+    - A step of each method (data, prompt, head and optimizer included) stands beside the backbone's bare forward and
+      backward pass to the image, on the same batch.
+    - To begin a run with a mapping by frequency takes one pass over the training images; what it takes beyond the
+      start with a trained head stands beside a whole run of VP with that mapping.
+
+    Args:
+        backbone: Arguments of `backbones.load`; its classifier has to be at hand.
+        recipe: Of the run that the mapping is held against.
+        num_repeats: Rounds of nine steps, and timed starts and runs.
+
+    Returns:
+        Ratios of the steps' medians by method, one a round; seconds by piece of work; the device.
+    """
+    model, how = backbones.load(**backbone), training.Recipe(**recipe)
+    task = tasks.load("textures", backbones.input_size(model))
+    over_bare: dict[str, list[float]] = {name: [] for name in METHODS}
+    for _ in progress(range(num_repeats), desc=f"steps of {backbone['name']}"):
+        for name, method in METHODS.items():
+            over_bare[name].append(bench.step_over_bare(model, task, method, how, 1))
+    mapping = heads.LabelMapping(backbones.classifier(**backbone), how="frequency", counted="images")
+    one = [training.Configuration(learning_rate=bench.RATES[0])]
+    works: dict[str, Callable[[], Any]] = {
+        "start, trained head": partial(training.Bundle, model, task, METHODS["vp"], one, how),
+        "start, mapping": partial(training.Bundle, model, task, METHODS["vp"], one, how, head=mapping),
+        "run, mapping": partial(training.fit, model, task, METHODS["vp"], one, recipe=how, head=mapping),
+    }
+    device = next(model.parameters()).device
+    seconds = efficiency.interleaved_seconds(works, num_repeats, device)
+    return {"step_over_bare": over_bare, "seconds": seconds, "device": efficiency.device_name(device)}
+
+
+def summarize(record: records.Record) -> pd.Series:
+    """Medians: steps over bare passes, and the mapping's share of a run."""
+    seconds = {name: median(values) for name, values in record["seconds"].items()}
+    extra = seconds["start, mapping"] - seconds["start, trained head"]
+    rows = {f"step of {name} / bare": median(values) for name, values in record["step_over_bare"].items()}
+    rows |= {f"{name} (s)": value for name, value in seconds.items()}
+    rows["mapping / run"] = extra / seconds["run, mapping"]
+    return pd.Series(rows, name=record.config["backbone"]["name"])
+
+
+def command(
+    suite: Annotated[str, typer.Option(help="where the records go")] = "small",
+    epochs: Annotated[int, typer.Option(help="epochs of the run that a mapping is held against")] = 10,
+    repeats: Annotated[int, typer.Option(help="timed calls of each piece of work")] = 3,
+) -> None:
+    """Time steps of VP, EVP and AdaViPro beside bare passes, and a label mapping beside a run."""
+    recipe = asdict(training.Recipe(num_epochs=epochs, num_train=192, num_validation=48, num_test=48))
+    names: Sequence[str] = ("vit_micro", "resnet_micro")
+    sources, folder = (training, pixels, heads), records.folder(suite)
+    for name in names:
+        config = {"backbone": {"name": name}, "recipe": recipe, "num_repeats": repeats}
+        record = records.fetch(race, config, sources=sources, folder=folder, fresh=True)
+        typer.echo(record["device"])
+        typer.echo(summarize(record).round(3).to_string())
