@@ -139,47 +139,54 @@ shares.assign(mean=shares.mean(axis=1)).round(1)
 # %% [markdown]
 # ## How wide, and where
 #
-# Left: VP and AdaViPro from a thin frame to the whole image. Right: EVP's frame around the image, shrunk the more the
-# wider the frame is, and the same frame on top of the whole image (equal parameters). Dots are means over tasks, bands
-# their 95 % intervals, drawn for more than three tasks. The level lines are the linear probe and the activation prompt
-# at its best site, on the same tasks.
+# Accuracy minus the linear probe's, on the same tasks and seeds. Left: VP and AdaViPro from a thin frame to the whole
+# image. Right: EVP's frame around the image, shrunk the more the wider the frame is, and the same frame on top of the
+# whole image (equal parameters). Dots are means over tasks, with 95 % intervals for more than three tasks. The level
+# line is the activation prompt at its best site.
 
 
 # %%
-def over_widths(part, family):
-    """Mean accuracy by width of arms that begin with a name."""
+def gaps(first, second):
+    """Paired difference in points, and its mean for each task."""
+    both = first.merge(second, on=["task", "seed"], suffixes=("_first", "_second"))
+    by_task = (both["accuracy_first"] - both["accuracy_second"]).groupby(both["task"]).mean()
+    return {**statistics.paired_difference(first, second).__dict__, "by_task": list(by_task.round(3))}
+
+
+def over_widths(part, family, probe):
+    """Gap to the linear probe by width, of arms that begin with a name."""
     chosen = own[(own["part"] == part) & own["arm"].str.startswith(family)]
-    found = []
-    for width, several in chosen.groupby("width"):
-        mean = statistics.over_tasks(several.groupby("task")["accuracy"].mean())
-        found.append({"part": part, "arms": family, "width": width, **mean.__dict__})
-    return pd.DataFrame(found)
+    found = [{"width": width, **gaps(several, probe)} for width, several in chosen.groupby("width")]
+    return pd.DataFrame(found).assign(part=part, arms=family)
 
 
 PANELS = {
     "widths": {"vp": ("vp", "o-", "VP"), "adavipro": ("adavipro", "s-", "AdaViPro")},
     "placement": {"around": ("evp", "o-", "EVP, around a shrunk image"), "on top": ("ssf", "^-", "EVP, on top")},
 }
-widths = pd.concat([over_widths(part, family) for part, families in PANELS.items() for family in families])
+wide = own[own["part"] == "widths"]["backbone"].iloc[0]
+side_tasks = set(own[own["part"] == "widths"]["task"])
+probe = rows("methods", "linear_probe", wide)
+widths = [over_widths(part, family, probe) for part, families in PANELS.items() for family in families]
+widths = pd.concat(widths, ignore_index=True)
+inside = best_ap[(best_ap["backbone"] == wide) & best_ap["task"].isin(side_tasks)]
 with figures.theme(width=1.0, rows=1.4):
     figure, axes = plt.subplots(1, 2, sharey=True)
     entries = {}
-    wide = own[own["part"] == "widths"]["backbone"].iloc[0]
-    side_tasks = set(own[own["part"] == "widths"]["task"])
-    levels = {"linear_probe": rows("methods", "linear_probe", wide), "ap": best_ap[best_ap["backbone"] == wide]}
     for ax, (part, families) in zip(axes, PANELS.items(), strict=True):
-        for family, (color, style, label) in families.items():
+        for place, (family, (color, style, label)) in enumerate(families.items()):
             line = widths[(widths["part"] == part) & (widths["arms"] == family)]
-            ax.plot(line["width"], line["value"], style, color=figures.COLORS[color], label=label)
-            if own[own["part"] == part]["task"].nunique() > 3:
-                ax.fill_between(line["width"], line["low"], line["high"], color=figures.COLORS[color], alpha=0.12, lw=0)
-        for name, several in levels.items():
-            level = several[several["task"].isin(side_tasks)]["accuracy"].mean()
-            ax.axhline(level, color=figures.COLORS[name], lw=0.8, ls="--", label=LABELS[name])
+            aside = line["width"] + 2 * place - 1  # or intervals would hide each other
+            reach = [line["value"] - line["low"], line["high"] - line["value"]] if len(side_tasks) > 3 else None
+            ax.errorbar(
+                aside, line["value"], yerr=reach, fmt=style, color=figures.COLORS[color], elinewidth=0.8, label=label
+            )
+        ax.axhline(0, color=figures.COLORS["linear_probe"], lw=0.8, label=LABELS["linear_probe"])
+        ax.axhline(gaps(inside, probe)["value"], color=figures.COLORS["ap"], lw=0.8, ls="--", label=LABELS["ap"])
         ax.set(xlabel="width of the frame (pixels of 224)", xlim=(0, 116))
         lines, names = ax.get_legend_handles_labels()
         entries |= dict(zip(names, lines, strict=True))
-    axes[0].set_ylabel("test accuracy (%),\nmean over tasks")
+    axes[0].set_ylabel("accuracy minus the\nlinear probe's (points)")
     axes[0].set_title(f"{wide}: fixed or by region")
     axes[1].set_title(f"{wide}: EVP around or on top")
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=3)
@@ -203,13 +210,6 @@ for arm in own[own["part"] == "ablations"]["arm"].unique():
     default = "adavipro" if arm.startswith(("region", "no edges", "from zero")) else "evp"
     if arm != default and arm != "adavipro":
         changes[arm] = (default, rows("ablations", arm), rows("ablations", default))
-
-
-def gaps(first, second):
-    """Paired difference in points, and its mean for each task."""
-    both = first.merge(second, on=["task", "seed"], suffixes=("_first", "_second"))
-    by_task = (both["accuracy_first"] - both["accuracy_second"]).groupby(both["task"]).mean()
-    return {**statistics.paired_difference(first, second).__dict__, "by_task": list(by_task.round(3))}
 
 
 def explain(figure, ax, tick, **others):
@@ -289,22 +289,27 @@ moved = pd.concat([moved[moved["arm"] != "ap"], *(
 )])  # fmt: skip
 kinds = {"domains": "other domains", "corruptions": "corrupted"}
 moved["images"] = moved["part"].map(kinds).where(moved["shift"] != "", "as trained")
-shifts = moved.groupby(["part", "backbone", "images", "arm"], as_index=False, sort=False)["accuracy"].mean()
+by_kind = moved.groupby(["part", "backbone", "images", "arm", "shift"], as_index=False, sort=False)["accuracy"].mean()
 
-panels = list(shifts.groupby(["part", "backbone"], sort=False))
-with figures.theme(width=min(1.0, 0.45 + 0.2 * (len(panels) - 1)), rows=1.25):
+panels = list(by_kind.groupby(["part", "backbone"], sort=False))
+with figures.theme(width=min(1.0, 0.45 + 0.2 * (len(panels) - 1)), rows=1.4):
     figure, axes = plt.subplots(1, len(panels), squeeze=False)
     for ax, ((part, backbone), several) in zip(axes[0], panels, strict=True):
-        for arm, line in several.groupby("arm", sort=False):
-            ordered = line.set_index("images").loc[["as trained", kinds[part]]]["accuracy"]
-            ax.plot([0, 1], ordered, "o-", color=figures.COLORS[arm], label=LABELS[arm])
+        arms = list(several["arm"].unique())
+        for place, (arm, line) in enumerate(several.groupby("arm", sort=False)):
+            aside = 0.07 * (place - (len(arms) - 1) / 2)  # or equal values would hide each other
+            kind = line[line["shift"] != ""]["accuracy"]
+            means = [line[line["shift"] == ""]["accuracy"].mean(), kind.mean()]
+            ax.plot([aside, 1 + aside], means, "o-", color=figures.COLORS[arm], lw=0.6, label=LABELS[arm])
+            ax.plot([1 + aside] * len(kind), kind, "_", color=figures.COLORS[arm], ms=3, mew=0.7)
         ax.set_xticks([0, 1], ["as\ntrained", kinds[part].replace(" ", "\n") + "\n" * (" " not in kinds[part])])
         ax.set(title=backbone, xlim=(-0.3, 1.3))
+    axes[0, 0].plot([], [], "_", color="black", ms=5, label="one kind of images")
     axes[0, 0].set_ylabel("test accuracy (%),\nmean over tasks and kinds")
     figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5 if len(panels) > 2 else 2
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3 if len(panels) > 2 else 2
     )
-    figures.save(figure, "06_shifts", made_from, shifts, suite=suite)
+    figures.save(figure, "06_shifts", made_from, by_kind, suite=suite)
 
 # %% [markdown]
 # ## Label mappings
@@ -357,7 +362,6 @@ def compare(claim, first, second, tag, note=""):
     judge(claim, statistics.paired_difference(first, second), **scope, tag=tag, note=note)
 
 
-wide = own[own["part"] == "widths"]["backbone"].iloc[0]
 around, on_top = (own[(own["part"] == "placement") & own["arm"].str.startswith(name)] for name in ("around", "on top"))
 pooled = statistics.matched(*(several.assign(site=several["width"]) for several in (around, on_top)))
 sizes = ", ".join(map(str, sorted(around["width"].unique())))

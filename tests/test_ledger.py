@@ -233,7 +233,7 @@ def test_a_verdict_without_its_records_is_a_problem():
 def test_the_verdicts_in_the_readme_are_those_of_the_ledger():
     repository = Path(__file__).parents[1]
     rows = re.findall(
-        r"^\| (\S+) \| .* \| (\w+) \| (-?[\d.]+) \[(-?[\d.]+), (-?[\d.]+)\] \| (\w+) \|$",
+        r"^\| (\S+) \| .* \| ([\w-]+) \| (-?[\d.]+) \[(-?[\d.]+), (-?[\d.]+)\] \| (\w+) \|$",
         (repository / "README.md").read_text(),
         flags=re.MULTILINE,
     )
