@@ -123,8 +123,9 @@ def step_over_bare(
     configurations = [training.Configuration(learning_rate=rate) for rate in RATES[:num]]
     bundle = training.Bundle(model, task, method, configurations, recipe)
     chunks = [bundle.splits[0].train[: recipe.batch_size]] * num
-    _, plain = sites.split(model, method.site)
-    leaf, *others = bundle.source(torch.cat(chunks))
+    prefix, plain = sites.split(model, method.site)
+    with torch.no_grad(), training.autocast(model, recipe.precision):  # not `bundle.source`: EVP's images are shrunk
+        leaf, *others = prefix(training.normalized(model, task.train, torch.cat(chunks)))
     leaf.requires_grad_(True)
 
     def bare() -> None:

@@ -5,10 +5,11 @@ import pytest
 from apthory import pixel_bench, records
 
 
-def test_steps_and_the_mapping_are_timed_and_their_ratios_follow(tmp_path):
+@pytest.mark.parametrize("backbone", ["resnet_micro", "vit_micro"])
+def test_steps_and_the_mapping_are_timed_and_their_ratios_follow(tmp_path, backbone):
     sizes = {"batch_size": 16, "num_train": 32, "num_validation": 16, "num_test": 16}
     recipe = {"num_epochs": 1, **sizes, "precision": "float32"}
-    config = {"backbone": {"name": "resnet_micro", "device": "cpu"}, "recipe": recipe, "num_repeats": 2}
+    config = {"backbone": {"name": backbone, "device": "cpu"}, "recipe": recipe, "num_repeats": 2}
     record = records.fetch(pixel_bench.race, config, folder=tmp_path)
     assert {name: len(values) for name, values in record["step_over_bare"].items()} == {
         "vp": 2,
