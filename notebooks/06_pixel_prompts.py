@@ -99,9 +99,9 @@ with figures.theme(width=1.0, rows=1.5):
         ax.set(title=backbone, xlabel="test accuracy (%)", yticks=range(len(NAMED)), yticklabels=list(NAMED))
         ax.grid(axis="y", lw=0.3)
     axes[0, 0].invert_yaxis()
-    for style, label in {"o": "mean over tasks", "|": "one task"}.items():
+    for style, label in {"o": "mean over the tasks that all rows have", "|": "one task"}.items():
         axes[0, 0].plot([], [], style, color="black", label=label, ms=5)
-    axes[0, 0].plot([], [], "o", color="black", mfc="white", ms=5, label="mean over tasks, no trained head")
+    axes[0, 0].plot([], [], "o", color="black", mfc="white", ms=5, label="the same, no trained head")
     figure.legend(loc="outside lower center", ncols=3)
     figures.save(figure, "06_methods", made_from, by_task, suite=suite)
 

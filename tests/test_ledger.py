@@ -232,18 +232,24 @@ def test_a_verdict_without_its_records_is_a_problem():
 
 def test_the_verdicts_in_the_readme_are_those_of_the_ledger():
     repository = Path(__file__).parents[1]
+    number = r"(-?[\d.]+(?:e-\d+)?)"
     rows = re.findall(
-        r"^\| (\S+) \| .* \| ([\w-]+) \| (-?[\d.]+) \[(-?[\d.]+), (-?[\d.]+)\] \| (\w+) \|$",
+        rf"^\| (\S+) \| .* \| ([\w-]+) \| {number} (?:\[{number}, {number}\]|(of \d+ tasks)) \| (\w+) \|$",
         (repository / "README.md").read_text(),
         flags=re.MULTILINE,
     )
-    assert len(rows) >= 20
-    for claim, backbone, value, low, high, verdict in rows:
+    assert {claim.partition("-")[0] for claim, *_ in rows} >= {"AP", "EVP", "ADA"}
+    assert len(rows) >= 60
+    for claim, backbone, value, low, high, count, verdict in rows:
         file = repository / "figures" / "small" / "ledger" / f"{claim}@{backbone}.json"
         judged = json.loads(file.read_text())
         assert judged["verdict"] == verdict, claim
+        if count:
+            assert (value, count) == (f"{judged['value']:g}", judged["note"]), (claim, backbone)
+            continue
+        digits = ".2f" if abs(judged["value"]) >= 0.005 else ".0e"
         for shown, name in ((value, "value"), (low, "low"), (high, "high")):
-            assert shown == f"{judged[name]:.2f}", (claim, backbone, name)
+            assert shown == f"{judged[name]:{digits}}", (claim, backbone, name)
 
 
 def test_two_tasks_that_agree_to_the_last_digit_decide_nothing(project):
