@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from apthory import backbones, pixels, records, sweeps, training
+from apthory import backbones, pixels, records, regions, sweeps, training
 from apthory.tasks import Task
 
 
@@ -103,9 +103,7 @@ def draw_prompt(
 def unpack(record: records.Record) -> Float[Tensor, "image channel height width"]:
     """The prompts of `draw_prompt` as they lie on each image, in units of pixels in [0, 1]."""
     steps = np.frombuffer(zlib.decompress(bytes.fromhex(record["prompt"])), np.int16).reshape(record["shape"])
-    regions = torch.tensor(record["regions"], dtype=torch.float32)
-    side = steps.shape[-1] // regions.shape[-1]
-    mask = regions.repeat_interleave(side, 1).repeat_interleave(side, 2)
+    mask = regions.by_pixel(torch.tensor(record["regions"], dtype=torch.float32), steps.shape[-1])
     return torch.from_numpy(steps / np.float32(255)) * mask.unsqueeze(1)
 
 

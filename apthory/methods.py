@@ -6,10 +6,11 @@ given stacks the configurations' examples one after the other.
 """
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -255,6 +256,9 @@ class VP:
     head: Literal["trained", "frozen"] = "trained"
     site: ClassVar[str] = ":input"
 
+    def __post_init__(self) -> None:
+        _check_numbers(self, "rate", "init")
+
     def build(self, backbone: nn.Module, num: int) -> Body:
         layout = pixels.Layout.of(
             backbone, width=_width(backbone, self.width), place=self.place, normalized=self.normalized
@@ -291,6 +295,7 @@ class EVP:
                 f"diversity is {self.diversity!r} and normalization {self.normalization!r}; expected a tuple of "
                 f"{', '.join(known)}, and one of {', '.join(norms)}"
             )
+        _check_numbers(self, "rate")
 
     def build(self, backbone: nn.Module, num: int) -> Body:
         layout = pixels.Layout.of(backbone, width=_width(backbone, self.width), around=self.around, normalized=False)
@@ -321,8 +326,7 @@ class AdaViPro:
     site: ClassVar[str] = ":input"
 
     def __post_init__(self) -> None:
-        if not (self.temperature > 0 and 0 < self.decay <= 1 and self.floor > 0 and self.dim > 0):
-            raise ValueError(f"{self}: temperature, floor and dim are positive, decay is above 0 and at most 1")
+        _check_numbers(self, "rate", "generator_rate", "temperature", "floor", "dim", "init", "decay")
 
     def build(self, backbone: nn.Module, num: int) -> Body:
         region = pixels.scaled_region(32, backbones.input_size(backbone)) if self.region is None else self.region
@@ -397,3 +401,16 @@ class _Copies(nn.Module):
 def rms(x: Float[Tensor, "num *rest"]) -> Float[Tensor, " num"]:
     """Root mean square of each entry of a stack; never zero."""
     return x.float().square().flatten(1).mean(1).sqrt().clamp_min(1e-12)
+
+
+_RANGES = {"init": ("zero or more", 0.0, math.inf), "decay": ("above 0, at most 1", math.ulp(0), 1.0)}
+_POSITIVE = ("a positive number", math.ulp(0), math.inf)
+
+
+def _check_numbers(method: Any, *names: str) -> None:
+    for given in fields(method):
+        value, (expected, low, high) = getattr(method, given.name), _RANGES.get(given.name, _POSITIVE)
+        if given.name in names and not (low <= value <= high and math.isfinite(value)):
+            raise ValueError(
+                f"{given.name} of {method.name} is {value!r}; expected {expected}; default {given.default}"
+            )

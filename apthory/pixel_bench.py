@@ -1,4 +1,4 @@
-"""What prompts on pixels cost: a step beside the backbone's own two passes, and a label mapping beside a run."""
+"""What prompts on pixels cost: steps beside bare passes; label mappings and CLIP's text features beside a run."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -9,9 +9,23 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 
-from apthory import backbones, bench, efficiency, heads, methods, pixels, records, tasks, training
+from apthory import (
+    backbones,
+    bench,
+    clip,
+    diversity,
+    efficiency,
+    heads,
+    methods,
+    pixels,
+    records,
+    regions,
+    tasks,
+    training,
+)
 from apthory.progress import progress
 
+CLIP: Mapping[str, Any] = {"name": "clip:ViT-B-32", "pretrained": None}  # weights at random
 METHODS: Mapping[str, methods.Method] = {"vp": methods.VP(), "evp": methods.EVP(), "adavipro": methods.AdaViPro()}
 
 
@@ -50,6 +64,29 @@ def race(backbone: Mapping[str, Any], recipe: Mapping[str, Any], num_repeats: in
     return {"step_over_bare": over_bare, "seconds": seconds, "device": efficiency.device_name(device)}
 
 
+@records.versioned(1)
+def race_words(backbone: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Time CLIP's text features for the embedded textures, and a run of VP with the head they make.
+
+    Args:
+        backbone: Arguments of `clip.of`; random weights cost what trained ones do.
+        recipe: Of the run.
+
+    Returns:
+        Seconds by piece of work, of the second time; the device.
+    """
+    towers, how = clip.of(backbone), training.Recipe(**recipe)
+    task = tasks.load("textures", backbones.input_size(towers.image))
+    one = [training.Configuration(learning_rate=bench.RATES[0])]
+    head = towers.text_head(task.classes)
+    works: dict[str, Callable[[], Any]] = {
+        "text features": partial(towers.text_head, task.classes),
+        "run, text head": partial(training.fit, towers.image, task, METHODS["vp"], one, recipe=how, head=head),
+    }
+    device = next(towers.image.parameters()).device
+    return {"seconds": efficiency.interleaved_seconds(works, 1, device), "device": efficiency.device_name(device)}
+
+
 def summarize(record: records.Record) -> pd.Series:
     """Medians: steps over bare passes, and the mapping's share of a run."""
     seconds = {name: median(values) for name, values in record["seconds"].items()}
@@ -65,12 +102,16 @@ def command(
     epochs: Annotated[int, typer.Option(help="epochs of the run that a mapping is held against")] = 10,
     repeats: Annotated[int, typer.Option(help="timed calls of each piece of work")] = 3,
 ) -> None:
-    """Time steps of VP, EVP and AdaViPro beside bare passes, and a label mapping beside a run."""
+    """Time steps of VP, EVP and AdaViPro beside bare passes; a label mapping and CLIP's text features beside a run."""
     recipe = asdict(training.Recipe(num_epochs=epochs, num_train=192, num_validation=48, num_test=48))
     names: Sequence[str] = ("vit_micro", "resnet_micro")
-    sources, folder = (training, pixels, heads), records.folder(suite)
+    sources, folder = (training, methods, pixels, regions, diversity, heads, bench, clip), records.folder(suite)
     for name in names:
         config = {"backbone": {"name": name}, "recipe": recipe, "num_repeats": repeats}
         record = records.fetch(race, config, sources=sources, folder=folder, fresh=True)
         typer.echo(record["device"])
         typer.echo(summarize(record).round(3).to_string())
+    config = {"backbone": CLIP, "recipe": recipe | {"num_epochs": 2}}
+    record = records.fetch(race_words, config, sources=sources, folder=folder, fresh=True)
+    (words,), (run,) = record["seconds"].values()
+    typer.echo(f"text features of {CLIP['name']}: {words:.2f} s, {words / run:.1%} of two epochs")

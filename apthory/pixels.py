@@ -62,11 +62,13 @@ class Layout:
         if self.place not in get_args(Place):
             raise ValueError(f"place is {self.place!r}; expected one of {', '.join(get_args(Place))}")
         most = self.size if self.place != "frame" else -(-self.size // 2)
-        if not 1 <= self.width <= most:
+        if not (1 <= self.width <= most and self.width == int(self.width)):
             raise ValueError(
-                f"a {self.place} of {self.width} pixels does not fit an image of {self.size}; take a width of 1 to "
-                f"{most}"
+                f"a {self.place} of {self.width} pixels does not fit an image of {self.size}; take a whole width of 1 "
+                f"to {most}"
             )
+        if self.dim < 1:
+            raise ValueError(f"dim is {self.dim}; the mask generator wants one channel or more (64 by default)")
         if self.around and (self.place != "frame" or 2 * self.width >= self.size):
             raise ValueError(
                 f"a {self.place} of {self.width} pixels around an image leaves nothing of {self.size} pixels for the "
@@ -166,6 +168,7 @@ class Overlay(nn.Module):
         self.background: Tensor
         self.unit: Tensor
         self.activation_norm: Tensor
+        self.whole: Tensor  # gradient on the whole image, from the last backward pass
         pixels = layout.mask.flatten().nonzero().flatten()
         mean, std = _by_channel(layout, torch.zeros(()))
         self.unit_shape = (len(mean), len(pixels))

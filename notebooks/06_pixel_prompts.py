@@ -7,7 +7,7 @@
 # ---
 
 # %% [markdown]
-# # Three prompts on pixels, held against a linear probe and a prompt inside
+# # Beside a trained head no prompt on pixels is found to gain, on images of the trained kind
 #
 # Three prompts on pixels, each with a head, beside an activation prompt inside the network:
 #
@@ -28,6 +28,8 @@
 suite: str = "embedded"  # embedded: under a minute, from scratch; small: real images, from a data folder
 
 # %%
+import json
+
 import matplotlib.pyplot as plt
 import pandas as pd
 
@@ -311,6 +313,14 @@ with figures.theme(width=min(1.0, 0.45 + 0.2 * (len(panels) - 1)), rows=1.4):
     )
     figures.save(figure, "06_shifts", made_from, by_kind, suite=suite)
 
+# %%
+# By corruption: accuracy minus the linear probe's in points, mean over strengths, Student's interval over seeds.
+shifted = moved[moved["shift"].str.contains("corruption")].copy()
+shifted["corruption"] = [json.loads(shift)["corruption"] for shift in shifted["shift"]]
+by_seed = shifted.groupby(["backbone", "corruption", "task", "seed", "arm"])["accuracy"].mean().unstack("arm")
+by_corruption = by_seed.sub(by_seed["linear_probe"], axis=0).groupby(["backbone", "corruption"])
+by_corruption[["vp", "evp"]].agg(lambda gaps: str(statistics.over_tasks(gaps)))
+
 # %% [markdown]
 # ## Label mappings
 #
@@ -345,13 +355,17 @@ else:
 # Two embedded tasks decide next to nothing: their intervals are tens of points wide. What holds on real images is for
 # the small suite to say.
 #
-# Statistics and thresholds were fixed in `claims.toml`. EVP-1 pools the widths that were run. EVP-5 counts tasks, each
-# with Student's interval over test images, on the seed that full fine-tuning has: a few images make a wide interval,
-# which the count as it is claimed rewards. Under distribution shift accuracies are means over the kinds of images, and
-# intervals Student's over tasks, or over seeds where there is but one task: the same prompts are tested on all kinds,
-# so these are no tasks of their own. With CLIP the best prior prompt is VP, the only one of them here; the papers'
-# mean is over other data sets. Q-60 (see the notebook on where to prompt) was fixed when the embedded suite had been
-# seen, and before the small one.
+# Statistics and thresholds were fixed in `claims.toml`. EVP-1 pools the widths that were run. EVP-5 counts tasks,
+# each with Student's interval over test images, on the seed that full fine-tuning has: a few images make a wide
+# interval, which the count as it is claimed rewards. Under distribution shift accuracies are means over the kinds of
+# images, and intervals Student's over tasks, or over seeds where there is but one task: the same prompts are tested
+# on all kinds, so these are no tasks of their own. With CLIP the best prior prompt is VP, the only one of them here;
+# the papers' mean is over other data sets, so EVP-4.mean is not judged. Q-60 (see the notebook on where to prompt)
+# was fixed when the embedded suite had been seen, and before the small one.
+#
+# The protocol is not the papers'. Ten epochs take AdaViPro's temperature from 5 to 4.2 and never to its floor (theirs
+# are about a thousand); a ReLU in the mask generator is our assumption; square images leave a crop nothing to slide
+# along, so EVP's slides over their reflection; and the prompt's share of the rate was chosen on resnet_micro alone.
 
 # %%
 judge = notebooks.Judge(suite)
@@ -414,4 +428,7 @@ if in_clip is not None:
     compare("EVP-4.linear", arms["evp"], arms["linear_probe"], "clip")
     compare("Q-61", sweeps.best(arms["ap"], "site"), arms["evp"], "clip")
 
-judge.table
+claims = [claim for claim in notebooks.claims().values() if "06" in claim.notebooks]
+absent = [claim for claim in claims if claim.id not in set(judge.table["claim"])]
+not_run = pd.DataFrame({"claim": claim.id, "rule": claim.threshold, "verdict": "not run"} for claim in absent)
+pd.concat([judge.table, not_run], ignore_index=True).fillna("")

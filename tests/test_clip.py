@@ -17,6 +17,7 @@ import apthory
 from apthory import (
     backbones,
     clip,
+    pixel_bench,
     pixel_study,
     pixel_suites,
     prompts,
@@ -401,3 +402,19 @@ def test_a_head_in_words_wants_clip():
         ValueError, match=r"'vit_micro' has no text tower; a text head wants CLIP, such as clip:ViT-B-32"
     ):
         sweeps.make_head({"template": clip.VP_TEMPLATE}, {"name": "vit_micro"}, ["a", "b"])
+
+
+def test_text_features_are_timed_beside_a_run(tmp_path):
+    recipe = {
+        "num_epochs": 2,
+        "batch_size": 8,
+        "num_train": 16,
+        "num_validation": 8,
+        "num_test": 8,
+        "precision": "float32",
+    }
+    config = {"backbone": {"name": "clip:ViT-B-32", "pretrained": None, "device": "cpu", **SMALL}, "recipe": recipe}
+    record = records.fetch(pixel_bench.race_words, config, folder=tmp_path)
+    (words,), (run,) = record["seconds"].values()
+    assert list(record["seconds"]) == ["text features", "run, text head"]
+    assert 0 < words < run

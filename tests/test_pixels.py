@@ -173,7 +173,7 @@ def test_a_random_patch_moves_in_training_and_rests_in_the_middle_otherwise():
             )
             corners.add((row, column))
     assert len(corners) > 100
-    assert {0, 26} <= {row for row, _ in corners} or len({row for row, _ in corners}) > 20
+    assert {0, 26} <= {row for row, _ in corners}
     overlay.generators = ()
     with torch.no_grad():
         rows, columns = overlay(x)[0, 0].nonzero().T
@@ -183,9 +183,12 @@ def test_a_random_patch_moves_in_training_and_rests_in_the_middle_otherwise():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"width": 17}, "a frame of 17 pixels does not fit an image of 32; take a width of 1 to 16"),
+        ({"width": 17}, "a frame of 17 pixels does not fit an image of 32; take a whole width of 1 to 16"),
         ({"width": 0}, "a frame of 0 pixels"),
-        ({"width": 33, "place": "patch"}, "a patch of 33 pixels does not fit an image of 32; take a width of 1 to 32"),
+        (
+            {"width": 33, "place": "patch"},
+            "a patch of 33 pixels does not fit an image of 32; take a whole width of 1 to 32",
+        ),
         ({"width": 16, "around": True}, "leaves nothing of 32 pixels for the image; take a frame of 1 to 15"),
         ({"width": 4, "around": True, "place": "patch"}, "a patch of 4 pixels around an image"),
         ({"region": 64}, r"a region of 64 pixels is larger than an image of 32; take one of \[1, 2, 4, 8, 16, 32\]"),
@@ -202,8 +205,32 @@ def test_methods_refuse_what_does_not_fit_the_backbone():
         VP(width=30).build(tiny.backbone("vit"), 1)
     with pytest.raises(ValueError, match="a region of 56 pixels is larger than an image of 32"):
         AdaViPro(region=56).build(tiny.backbone("vit"), 1)
-    with pytest.raises(ValueError, match="temperature, floor and dim are positive"):
-        AdaViPro(floor=0.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "value"),
+    [
+        (VP, "rate", -1.0),
+        (VP, "init", -1.0),
+        (VP, "init", math.nan),
+        (EVP, "rate", 0.0),
+        (AdaViPro, "floor", 0.0),
+        (AdaViPro, "generator_rate", math.inf),
+        (AdaViPro, "decay", 1.5),
+        (AdaViPro, "dim", 0),
+    ],
+)
+def test_a_number_out_of_range_is_an_error(method: type, name: str, value: float):
+    with pytest.raises(ValueError, match=rf"{name} of {method.name} is {value}; expected .*; default "):
+        method(**{name: value})
+    method(**{"init": 0.0} if name == "init" else {"rate": 1e-9})  # the ends that are allowed
+
+
+def test_a_frame_of_half_a_pixel_is_an_error():
+    with pytest.raises(ValueError, match=r"a frame of 2.5 pixels .* take a whole width"):
+        Layout.__post_init__(SimpleNamespace(place="frame", size=32, width=2.5))  # past the type checks of tests
+    with pytest.raises(ValueError, match="dim is 0; the mask generator wants one channel"):
+        layout(32, 2, region=8, dim=0)
 
 
 @pytest.mark.parametrize("fields", [{"diversity": ("flips",)}, {"diversity": "flip"}, {"normalization": "L2"}])
@@ -479,9 +506,9 @@ def test_gumbel_gradients_are_those_of_the_expected_relaxation(temperature: floa
         shift = step * torch.eye(2, dtype=torch.float64)[k]
         difference = (expectation(logits.detach() + shift) - expectation(logits.detach() - shift)) / (2 * step)
         assert float(logits.grad[k]) == pytest.approx(float(difference), rel=1e-5)
-    if temperature == 0.1:  # hardly biased: the derivative of 3 * probability, within four standard errors
+    if temperature == 0.1:  # hardly biased: the derivative of 3 * probability, within four standard errors (0.028 each)
         probability = 1 / (1 + math.exp(0.5))
-        assert float(logits.grad[1]) == pytest.approx(3 * probability * (1 - probability), abs=0.15)
+        assert float(logits.grad[1]) == pytest.approx(3 * probability * (1 - probability), abs=0.115)
 
 
 def test_mask_generators_are_two_convolutions():
