@@ -6,6 +6,7 @@ configuration, and, traced by torch.fx, a prefix that can be cached. The text to
 
 import difflib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -75,8 +76,10 @@ class CLIP:
             max_scale: Clamp of the scale, as in VP's code.
 
         Raises:
-            ValueError: If the template has no place for a name, or two classes get the same text.
+            ValueError: If there are no names, the template has no place for one, or two classes get the same text.
         """
+        if isinstance(classes, str) or not classes:
+            raise ValueError(f"classes is {classes!r}; expected a list of class names, such as task.classes")
         if "{}" not in template:
             raise ValueError(f"the template {template!r} has no {{}} for the class name; VP's is {VP_TEMPLATE!r}")
         texts = [template.format(readable(names.get(name, name))) for name in classes]
@@ -141,7 +144,7 @@ def load(
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
         raise ValueError(f"open_clip has no {name!r}; it has {', '.join(near or known)}")
-    wanted, to_download = pretrained, ""
+    to_download = ""
     if pretrained is not None:
         tags = open_clip.list_pretrained_tags_by_model(name)
         try:
@@ -150,7 +153,8 @@ def load(
                 kwargs = {"force_quick_gelu": own.get("quick_gelu", False), **kwargs}
                 file = f"{name}.{pretrained}.safetensors"
                 page = f"https://huggingface.co/{own['hf_hub'].rstrip('/')}" if own.get("hf_hub") else own.get("url")
-                to_download = f"download its open_clip_model.safetensors from {page} to APTHORY_WEIGHTS as {file}, "
+                to_download = f"download its open_clip_model.safetensors from {page} as {file} to the folder that "
+                to_download += f"APTHORY_WEIGHTS names (now {os.environ.get('APTHORY_WEIGHTS') or 'not set'}), "
                 with suppress(OSError):
                     pretrained = str(backbones.weight_file(file))
                     pixels = {key: own[key] for key in ("mean", "std", "interpolation") if key in own}
@@ -169,7 +173,7 @@ def load(
             raise
         reason = str(error).split("\n")[0]  # the hub's errors are many, and so are those of files that do not fit
         raise OSError(
-            f"weights {wanted!r} of {name!r} cannot be had ({type(error).__name__}: {reason}); {to_download}"
+            f"weights {pretrained!r} of {name!r} cannot be had ({type(error).__name__}: {reason}); {to_download}"
             "pass pretrained=FILE with the weights of this architecture, or pretrained=None for random weights"
         ) from error
     if getattr(model.visual, "output_tokens", False):

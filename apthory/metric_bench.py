@@ -119,7 +119,7 @@ def command(
     suite: Annotated[str, typer.Option(help="where the record goes")] = "small",
     images: Annotated[int, typer.Option(help="images in all")] = 32,
     batch: Annotated[int, typer.Option(help="images in a batch")] = 32,
-    repeats: Annotated[int, typer.Option(help="timed calls of each piece of work")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="timed calls of each piece of work")] = 3,
     backbone: Annotated[str, typer.Option(help="a ViT of timm, with random weights")] = "vit_base_patch16_224",
 ) -> None:
     """Race CKA against torch-cka, and attention distance against a forward pass and loops."""

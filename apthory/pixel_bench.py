@@ -99,8 +99,8 @@ def summarize(record: records.Record) -> pd.Series:
 
 def command(
     suite: Annotated[str, typer.Option(help="where the records go")] = "small",
-    epochs: Annotated[int, typer.Option(help="epochs of the run that a mapping is held against")] = 10,
-    repeats: Annotated[int, typer.Option(help="timed calls of each piece of work")] = 3,
+    epochs: Annotated[int, typer.Option(min=1, help="epochs of the run that a mapping is held against")] = 10,
+    repeats: Annotated[int, typer.Option(min=1, help="timed calls of each piece of work")] = 3,
 ) -> None:
     """Time steps of VP, EVP and AdaViPro beside bare passes; a label mapping and CLIP's text features beside a run."""
     recipe = asdict(training.Recipe(num_epochs=epochs, num_train=192, num_validation=48, num_test=48))

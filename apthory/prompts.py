@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -129,7 +129,7 @@ def load(path: str | Path, backbone: nn.Module) -> PromptedBackbone:
     Raises:
         ValueError: If the file is not a prompt, or belongs to another backbone, site or shape.
     """
-    with safe_open(path, "pt") as file:
+    with _opened(path) as file:
         config = json.loads((file.metadata() or {}).get("apthory", "{}"))
         if config.get("format") not in (_FORMAT, _PIXELS_FORMAT):
             raise ValueError(f"{path} is not a prompt saved by apthory (format {config.get('format')!r})")
@@ -161,3 +161,10 @@ def load(path: str | Path, backbone: nn.Module) -> PromptedBackbone:
 
 def _part(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
     return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+
+
+def _opened(path: str | Path) -> safe_open:
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a prompt saved by apthory ({error}); Fit.save writes them") from error

@@ -160,6 +160,14 @@ def fit(
         )
     if isinstance(method, type) or not hasattr(method, "build"):
         raise ValueError(f"method is {method!r}; expected a method such as ActivationPrompting(site=...) or VP()")
+    if method.head not in ("trained", "frozen"):
+        raise ValueError(
+            f"the method's head is {method.head!r}; expected 'trained' or 'frozen'; other kinds go to fit(head=...)"
+        )
+    if head is not None and not isinstance(head, HeadSpec):
+        raise ValueError(
+            f"head is {head!r}; expected LinearHead(), LabelMapping(classifier, ...) or a TextHead (CLIP.text_head)"
+        )
     configurations = [Configuration()] if configurations is None else list(configurations)
     recipe = recipe or Recipe()
     check_ready(backbone, task)

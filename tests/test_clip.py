@@ -380,7 +380,7 @@ def test_without_weights_the_sweep_says_what_to_download(tmp_path: Path, monkeyp
     monkeypatch.setattr(open_clip, "create_model", offline)
     monkeypatch.setenv("APTHORY_ROOT", str(tmp_path))
     monkeypatch.setenv("APTHORY_WEIGHTS", str(tmp_path))
-    where = "huggingface.co/timm/vit_base_patch32_clip_224.openai to APTHORY_WEIGHTS as ViT-B-32.openai.safetensors"
+    where = "huggingface.co/timm/vit_base_patch32_clip_224.openai as ViT-B-32.openai.safetensors to the folder that"
     with pytest.raises(OSError, match=f"download its open_clip_model.safetensors from https://{where}"):
         studies.command("clip", "small", "", "", 1)
 
@@ -402,6 +402,12 @@ def test_a_head_in_words_wants_clip():
         ValueError, match=r"'vit_micro' has no text tower; a text head wants CLIP, such as clip:ViT-B-32"
     ):
         sweeps.make_head({"template": clip.VP_TEMPLATE}, {"name": "vit_micro"}, ["a", "b"])
+
+
+@pytest.mark.parametrize("classes", ["cat", []])
+def test_names_that_are_no_list_are_an_error(classes):
+    with pytest.raises(ValueError, match="expected a list of class names"):
+        small().text_head(classes)
 
 
 def test_text_features_are_timed_beside_a_run(tmp_path):

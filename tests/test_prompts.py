@@ -217,6 +217,12 @@ def test_a_file_that_is_no_prompt_is_refused(metadata: dict | None, tmp_path: Pa
         prompts.load(tmp_path / "p.safetensors", tiny.backbone("vit"))
 
 
+def test_a_file_of_another_format_is_refused(tmp_path: Path):
+    (tmp_path / "p.jpg").write_bytes(b"\xff\xd8\xff" * 20)
+    with pytest.raises(ValueError, match=r"p.jpg is not a prompt saved by apthory .*Fit.save"):
+        prompts.load(tmp_path / "p.jpg", tiny.backbone("vit"))
+
+
 def test_a_missing_file_is_named(tmp_path: Path):
     with pytest.raises(OSError, match=r"nothing.safetensors"):
         prompts.load(tmp_path / "nothing.safetensors", tiny.backbone("vit"))

@@ -315,6 +315,20 @@ def test_a_backbone_that_changed_is_noticed(task: tasks.Task):
         training.fit(backbone, task, Vandal(site="blocks.1:input"), BUNDLE[:1], recipe=RECIPE)
 
 
+@pytest.mark.parametrize("head", ["iterative", torch.zeros(3), heads.LabelMapping])
+def test_a_head_of_no_kind_is_an_error(head: object, task: tasks.Task):
+    untyped = inspect.unwrap(training.fit)  # past the type checks of tests
+    with pytest.raises(ValueError, match=r"head is .*; expected LinearHead\(\), LabelMapping\(classifier, ...\) or"):
+        untyped(tiny.backbone("resnet"), task, LinearProbe(), head=head)
+
+
+def test_a_method_with_another_kind_of_head_is_an_error(task: tasks.Task):
+    method = methods.VP(width=4)
+    object.__setattr__(method, "head", "wordy")
+    with pytest.raises(ValueError, match=r"the method's head is 'wordy'; expected 'trained' or 'frozen'"):
+        training.fit(tiny.backbone("resnet"), task, method)
+
+
 def test_a_frozen_head_stays_at_the_weights_it_is_given(task: tasks.Task):
     backbone = tiny.backbone("vit")
     probes = training.fit(backbone, task, LinearProbe(), BUNDLE[:2], recipe=RECIPE)
