@@ -28,8 +28,6 @@
 suite: str = "embedded"  # embedded: under a minute, from scratch; small: real images, from a data folder
 
 # %%
-import json
-
 import matplotlib.pyplot as plt
 import pandas as pd
 
@@ -315,8 +313,8 @@ with figures.theme(width=min(1.0, 0.45 + 0.2 * (len(panels) - 1)), rows=1.4):
 
 # %%
 # By corruption: accuracy minus the linear probe's in points, mean over strengths, Student's interval over seeds.
-shifted = moved[moved["shift"].str.contains("corruption")].copy()
-shifted["corruption"] = [json.loads(shift)["corruption"] for shift in shifted["shift"]]
+shifted = moved[(moved["part"] == "corruptions") & (moved["shift"] != "")].copy()
+shifted["corruption"] = shifted["shift"].str.split().str[0]
 by_seed = shifted.groupby(["backbone", "corruption", "task", "seed", "arm"])["accuracy"].mean().unstack("arm")
 by_corruption = by_seed.sub(by_seed["linear_probe"], axis=0).groupby(["backbone", "corruption"])
 by_corruption[["vp", "evp"]].agg(lambda gaps: str(statistics.over_tasks(gaps)))
