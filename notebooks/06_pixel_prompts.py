@@ -426,7 +426,7 @@ if in_clip is not None:
     compare("EVP-4.linear", arms["evp"], arms["linear_probe"], "clip")
     compare("Q-61", sweeps.best(arms["ap"], "site"), arms["evp"], "clip")
 
-claims = [claim for claim in notebooks.claims().values() if "06" in claim.notebooks]
+claims = [claim for claim in notebooks.claims().values() if list(claim.notebooks) == ["06"]]
 absent = [claim for claim in claims if claim.id not in set(judge.table["claim"])]
 not_run = pd.DataFrame({"claim": claim.id, "rule": claim.threshold, "verdict": "not run"} for claim in absent)
 pd.concat([judge.table, not_run], ignore_index=True).fillna("")
