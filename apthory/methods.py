@@ -403,6 +403,7 @@ def rms(x: Float[Tensor, "num *rest"]) -> Float[Tensor, " num"]:
     return x.float().square().flatten(1).mean(1).sqrt().clamp_min(1e-12)
 
 
+# What a field must be, its least and its largest value; the least number above zero stands for "above".
 _RANGES = {"init": ("zero or more", 0.0, math.inf), "decay": ("above 0, at most 1", math.ulp(0), 1.0)}
 _POSITIVE = ("a positive number", math.ulp(0), math.inf)
 

@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "selection": BELOW_SWEEPS | {"theory", "ranking"},
     "sweeps": BELOW_SWEEPS | {"clip"},
     "bench": BELOW_SWEEPS,
-    "pixel_bench": BELOW_SWEEPS | {"bench"},
+    "pixel_bench": BELOW_SWEEPS | {"bench", "clip"},
     "metric_bench": BELOW_SWEEPS,
     "profiles": {"sites", "metrics", "progress"},
     "global_study": BELOW_SWEEPS | {"input_study", "profiles"},
@@ -206,9 +206,9 @@ def declared() -> tuple[list[Requirement], dict[str, list[Requirement]]]:
 
 
 def direct() -> dict[str, Requirement]:
-    """What `make` installs and the figures are made with: the package's requirements and `dev`'s."""
+    """What `make` installs and the figures are made with: the package's requirements, `dev`'s and `open-clip`'s."""
     project, extras = declared()
-    return {canonicalize_name(requirement.name): requirement for requirement in project + extras["dev"]}
+    return {canonicalize_name(requirement.name): requirement for requirement in project + extras["dev"] + extras["open-clip"]}
 
 
 def pins() -> dict[str, str]:
