@@ -208,7 +208,8 @@ def declared() -> tuple[list[Requirement], dict[str, list[Requirement]]]:
 def direct() -> dict[str, Requirement]:
     """What `make` installs and the figures are made with: the package's requirements, `dev`'s and `open-clip`'s."""
     project, extras = declared()
-    return {canonicalize_name(requirement.name): requirement for requirement in project + extras["dev"] + extras["open-clip"]}
+    installed = [*project, *extras["dev"], *extras["open-clip"]]
+    return {canonicalize_name(requirement.name): requirement for requirement in installed}
 
 
 def pins() -> dict[str, str]:
