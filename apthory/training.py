@@ -262,7 +262,12 @@ def tune(
 
     Returns:
         One fit for each seed; none has seen the test part.
+
+    Raises:
+        ValueError: If there is no learning rate or no seed, and what `fit` raises.
     """
+    if not len(learning_rates) or not len(seeds):
+        raise ValueError(f"learning_rates is {learning_rates!r} and seeds {seeds!r}; expected one or more of each")
     rates = sorted(learning_rates)
     cache = PrefixCache()
     first_head = None if heads is None else heads[:1]

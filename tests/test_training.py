@@ -315,6 +315,12 @@ def test_a_backbone_that_changed_is_noticed(task: tasks.Task):
         training.fit(backbone, task, Vandal(site="blocks.1:input"), BUNDLE[:1], recipe=RECIPE)
 
 
+@pytest.mark.parametrize("empty", [{"learning_rates": []}, {"seeds": []}])
+def test_nothing_to_tune_is_an_error(empty: dict, task: tasks.Task):
+    with pytest.raises(ValueError, match=r"\[\].*; expected one or more of each"):
+        training.tune(tiny.backbone("vit"), task, LinearProbe(), **{"learning_rates": [0.1], "seeds": [0], **empty})
+
+
 @pytest.mark.parametrize("head", ["iterative", torch.zeros(3), heads.LabelMapping])
 def test_a_head_of_no_kind_is_an_error(head: object, task: tasks.Task):
     untyped = inspect.unwrap(training.fit)  # past the type checks of tests
