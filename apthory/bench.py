@@ -124,8 +124,8 @@ def step_over_bare(
     bundle = training.Bundle(model, task, method, configurations, recipe)
     chunks = [bundle.splits[0].train[: recipe.batch_size]] * num
     prefix, plain = sites.split(model, method.site)
-    with torch.no_grad(), training.autocast(model, recipe.precision):  # not `bundle.source`: EVP's images are shrunk
-        leaf, *others = prefix(training.normalized(model, task.train, torch.cat(chunks)))
+    # Not `bundle.source`: EVP's gives shrunk images.
+    leaf, *others = training.run_prefix(model, prefix, task.train, recipe.precision, torch.cat(chunks))
     leaf.requires_grad_(True)
 
     def bare() -> None:

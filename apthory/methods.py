@@ -7,9 +7,10 @@ given stacks the configurations' examples one after the other.
 
 import copy
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -403,15 +404,15 @@ def rms(x: Float[Tensor, "num *rest"]) -> Float[Tensor, " num"]:
     return x.float().square().flatten(1).mean(1).sqrt().clamp_min(1e-12)
 
 
-# What a field must be, its least and its largest value; the least number above zero stands for "above".
-_RANGES = {"init": ("zero or more", 0.0, math.inf), "decay": ("above 0, at most 1", math.ulp(0), 1.0)}
-_POSITIVE = ("a positive number", math.ulp(0), math.inf)
+# What a number must be, its least and its largest value.
+_ABOVE_ZERO, _FINITE = math.ulp(0.0), sys.float_info.max
+_POSITIVE = ("a positive number", _ABOVE_ZERO, _FINITE)
+_RANGES = {"init": ("zero or more", 0.0, _FINITE), "decay": ("above 0, at most 1", _ABOVE_ZERO, 1.0)}
 
 
 def _check_numbers(method: Any, *names: str) -> None:
-    for given in fields(method):
-        value, (expected, low, high) = getattr(method, given.name), _RANGES.get(given.name, _POSITIVE)
-        if given.name in names and not (low <= value <= high and math.isfinite(value)):
-            raise ValueError(
-                f"{given.name} of {method.name} is {value!r}; expected {expected}; default {given.default}"
-            )
+    for name in names:
+        value, (expected, low, high) = getattr(method, name), _RANGES.get(name, _POSITIVE)
+        if not low <= value <= high:
+            default = getattr(type(method), name)
+            raise ValueError(f"{name} of {method.name} is {value!r}; expected {expected}; default {default}")

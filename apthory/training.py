@@ -228,7 +228,7 @@ def evaluate(task: Task, fits: Sequence[Fit]) -> list[Evaluation]:
     correct = []
     for chunk in _chunks(indices, len(fits)):
         labels = task.test.labels[chunk]
-        crossing = _run_prefix(first.backbone, body.prefix, task.test, first.recipe.precision, chunk)
+        crossing = run_prefix(first.backbone, body.prefix, task.test, first.recipe.precision, chunk)
         with torch.no_grad():
             with autocast(first.backbone, first.recipe.precision):
                 features = body.suffix(*(_repeat(z, len(fits)) for z in crossing))
@@ -337,7 +337,7 @@ class PrefixCache:
         new = [index for index in indices.unique().tolist() if index not in self.rows]
         if not new:
             return
-        chunks = [_run_prefix(backbone, prefix, images, precision, c) for c in _chunks(torch.tensor(new))]
+        chunks = [run_prefix(backbone, prefix, images, precision, c) for c in _chunks(torch.tensor(new))]
         is_channels_last = [_is_channels_last(z) for z in chunks[0]]
         parts = []
         for index, flag in enumerate(is_channels_last):
@@ -502,7 +502,7 @@ class Bundle:
     def _make_source(self, cache: "PrefixCache | None") -> tuple[_Source, int]:
         arguments = (self.backbone, self.body.prefix, self.task.train)
         if not self.recipe.cache:
-            return partial(_run_prefix, *arguments, self.recipe.precision), 0
+            return partial(run_prefix, *arguments, self.recipe.precision), 0
         cache = PrefixCache() if cache is None else cache
         wanted = torch.cat([torch.cat([split.train, split.validation]) for split in self.splits])
         cache.extend(*arguments, wanted, self.recipe.precision)
@@ -536,7 +536,7 @@ class Bundle:
     def _unprompted(self, images: Sequence[Int64[Tensor, " image"]]) -> Float[Tensor, "stack width"]:
         """The same of the backbone by itself."""
         arguments = (self.task.train, self.recipe.precision, torch.cat(list(images)))
-        [features] = _run_prefix(self.backbone, _Whole(self.backbone), *arguments)
+        [features] = run_prefix(self.backbone, _Whole(self.backbone), *arguments)
         return features.float()
 
 
@@ -755,9 +755,10 @@ def normalized(
     return x.contiguous(memory_format=torch.channels_last) if backbones.is_channels_last(backbone) else x
 
 
-def _run_prefix(
+def run_prefix(
     backbone: nn.Module, prefix: nn.Module, images: Images, precision: str, indices: Int64[Tensor, " image"]
 ) -> list[Tensor]:
+    """What crosses the cut for these images, without gradients."""
     with torch.no_grad(), autocast(backbone, precision):
         return list(prefix(normalized(backbone, images, indices)))
 
