@@ -16,10 +16,11 @@ def test_steps_and_the_mapping_are_timed_and_their_ratios_follow(tmp_path, backb
         "evp": 2,
         "adavipro": 2,
     }
-    assert all(value > 0 for values in record["step_over_bare"].values() for value in values)
+    assert all(value > 0.5 for values in record["step_over_bare"].values() for value in values)
     seconds = {name: sum(values) / 2 for name, values in record["seconds"].items()}  # the median of two
     assert list(seconds) == ["start, trained head", "start, mapping", "run, mapping"]
-    assert min(seconds.values()) > 0  # no more: a busy machine may turn the order of so short times
+    # A run begins with such a start. The least times, so that a stall of a busy machine does not decide.
+    assert min(record["seconds"]["run, mapping"]) > min(record["seconds"]["start, mapping"]) > 0
     table = pixel_bench.summarize(record)
     assert table["step of evp / bare"] == pytest.approx(sum(record["step_over_bare"]["evp"]) / 2)
     extra = seconds["start, mapping"] - seconds["start, trained head"]
