@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
-from apthory.determinism import random_stream
+from apthory.determinism import random_stream, same_erfinv
 
 SHIPPED = ("vit_micro", "resnet_micro")
 _MICRO_DATA = {  # statistics of Tiny-ImageNet, on which the micro backbones were trained
@@ -57,8 +57,8 @@ def create(name: str, num_classes: int = 0, **kwargs: Any) -> nn.Module:
 
 
 def start(name: str, num_classes: int = 0, seed: int = 0, **kwargs: Any) -> nn.Module:
-    """`create`, with the random weights that pretraining with this seed starts from, in every process the same."""
-    with random_stream(seed, 0):
+    """`create`, with the random weights that pretraining with this seed starts from, on every processor the same."""
+    with random_stream(seed, 0), same_erfinv():
         return create(name, num_classes, **kwargs)
 
 

@@ -4,7 +4,7 @@ import copy
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from time import perf_counter
 from typing import Annotated, Any
 
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from apthory import backbones, efficiency, methods, prompts, records, sites, tasks, training
+from apthory import backbones, efficiency, methods, prompts, record_format, records, sites, tasks, training
 from apthory.progress import progress
 from apthory.tasks import Images, Task
 
@@ -24,7 +24,7 @@ RATES = (4e-3, 1.6e-2, 6.4e-2)
 RECIPE = training.Recipe(num_epochs=10, num_train=192, num_validation=48, num_test=48)
 
 
-@records.versioned(1)
+@records.versioned(1, name="apthory.bench.race")
 def race(
     backbone: Mapping[str, Any],
     recipe: Mapping[str, Any],
@@ -155,7 +155,7 @@ def command(
     for backbone in ({"name": name, **spec} for name, spec in chosen.items() if only in ("", name)):
         config = {
             "backbone": backbone,
-            "recipe": asdict(replace(RECIPE, num_epochs=epochs)),
+            "recipe": record_format.recipe(replace(RECIPE, num_epochs=epochs)),
             "learning_rates": list(RATES),
         }
         record = records.fetch(race, config, sources=(training, sites), folder=records.folder(suite), fresh=True)

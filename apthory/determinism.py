@@ -2,10 +2,13 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
+from scipy import special
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @contextmanager
@@ -43,3 +46,21 @@ def same_bits(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=before_warn)
+
+
+class _SameErfinv(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten.erfinv_.default:
+            return func(*args, **(kwargs or {}))
+        (values,) = args
+        exact = special.erfinv(values.detach().cpu().double().numpy())
+        return values.copy_(torch.from_numpy(exact))
+
+
+def same_erfinv() -> AbstractContextManager:
+    """The same bits of ``Tensor.erfinv_``, and so of truncated normal weights, on every processor.
+
+    The library that torch calls for it has other code for each kind of processor, and their last bits differ. Computed
+    in float64 and rounded once, the result is the same everywhere.
+    """
+    return _SameErfinv()

@@ -67,7 +67,7 @@ def device_name(device: torch.device | str) -> str:
     return f"{environment['processor']}, {environment['threads']} threads"
 
 
-@records.versioned(1)
+@records.versioned(1, name="apthory.efficiency.measure_sites")
 def measure_sites(
     backbone: Mapping[str, Any],
     batch_size: int,
@@ -127,7 +127,7 @@ def measure_sites(
     return {"forward_flops": forward_flops, "sites": rows, "device": device_name(device)}
 
 
-@records.versioned(1)
+@records.versioned(1, name="apthory.efficiency.measure_methods")
 def measure_methods(
     backbone: Mapping[str, Any],
     batch_size: int,

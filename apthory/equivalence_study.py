@@ -21,7 +21,7 @@ _OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
 _EDGES: tuple[equivalence.layers.Edge, ...] = ("output", "input")
 
 
-@records.versioned(2)
+@records.versioned(2, name="apthory.equivalence_study.measure_layers")
 def measure_layers(backbone: Mapping[str, Any], num_images: int = 2, every: int = 1) -> dict[str, Any]:
     """Fold a random channel prompt at every edge where a layer takes it, and compare features with the prompt's.
 
@@ -82,14 +82,14 @@ def measure_layers(backbone: Mapping[str, Any], num_images: int = 2, every: int 
     return {"rows": rows}
 
 
-@records.versioned(2)
+@records.versioned(2, name="apthory.equivalence_study.measure_diagnoses")
 def measure_diagnoses(backbone: Mapping[str, Any], places: Sequence[str]) -> dict[str, Any]:
     """`equivalence.diagnose` at some sites of a backbone, with random images."""
     model = backbones.load(**backbone)
     return {"diagnoses": [asdict(equivalence.diagnose(model, place)) for place in places]}
 
 
-@records.versioned(2)
+@records.versioned(2, name="apthory.equivalence_study.measure_gap")
 def measure_gap(
     backbone: Mapping[str, Any],
     site: str,
@@ -124,7 +124,7 @@ def measure_gap(
     return {"gaps": [asdict(gap) for gap in gaps]}
 
 
-@records.versioned(2)
+@records.versioned(2, name="apthory.equivalence_study.measure_trajectories")
 def measure_trajectories(
     backbone: Mapping[str, Any], task: str, layer: str, num_steps: int = 12, num_images: int = 6
 ) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def measure_trajectories(
     return {"num_positions": num_positions, "optimizers": found}
 
 
-@records.versioned(2)
+@records.versioned(2, name="apthory.equivalence_study.measure_trained")
 def measure_trained(
     backbone: Mapping[str, Any],
     task: str,

@@ -17,7 +17,7 @@ Network = Literal["trained", "shuffled"]
 Queries = Literal["patches", "class token"]
 
 
-@records.versioned(1)
+@records.versioned(1, name="apthory.global_study.measure_profile")
 def measure_profile(
     backbone: Mapping[str, Any], task: str, size: int, network: Network, num_images: int, seed: int = 0
 ) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def measure_profile(
     return {"sites": [{name: _finite(value) for name, value in row.items()} for row in rows]}
 
 
-@records.versioned(1)
+@records.versioned(1, name="apthory.global_study.measure_similarity")
 def measure_similarity(
     backbone: Mapping[str, Any],
     task: str,
@@ -66,7 +66,7 @@ def measure_similarity(
     return {"sites": places, "other_sites": others, "cka": table.to_numpy()}
 
 
-@records.versioned(1)
+@records.versioned(1, name="apthory.global_study.measure_attention")
 def measure_attention(
     backbone: Mapping[str, Any], task: str, size: int, network: Network, num_images: int, seed: int = 0
 ) -> dict[str, Any]:

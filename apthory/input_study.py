@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from apthory import backbones, limits, methods, prompts, records, sites, tasks, training
 
 
-@records.versioned(1)
+@records.versioned(1, name="apthory.input_study.measure_rank")
 def measure_rank(backbone: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
     """The rank of a backbone's patch embedding, or the reason why an input prompt is no fixed prompt on tokens."""
     with torch.random.fork_rng():
@@ -36,7 +36,7 @@ def measure_rank(backbone: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
     }
 
 
-@records.versioned(1)
+@records.versioned(1, name="apthory.input_study.measure_residuals")
 def measure_residuals(
     backbone: Mapping[str, Any], task: str, recipe: Mapping[str, Any], learning_rate: float, seed: int = 0
 ) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def measure_residuals(
     return rows
 
 
-@records.versioned(1)
+@records.versioned(1, name="apthory.input_study.measure_frame")
 def measure_frame(backbone: Mapping[str, Any], width: int, num_images: int = 4, seed: int = 0) -> dict[str, Any]:
     """Largest differences between features of framed images and of their tokens, relative to the largest, in float64.
 
@@ -97,7 +97,7 @@ def measure_frame(backbone: Mapping[str, Any], width: int, num_images: int = 4, 
     }
 
 
-@records.versioned(1)
+@records.versioned(1, name="apthory.input_study.measure_universality")
 def measure_universality(
     backbone: Mapping[str, Any],
     task: str,

@@ -21,7 +21,7 @@ UNITS = {  # of the scores, larger being better
 }
 
 
-@records.versioned(3)
+@records.versioned(3, name="apthory.layers.score")
 def score(
     backbone: Mapping[str, Any],
     task: str,
@@ -47,7 +47,7 @@ def score(
     return {"sites": ordered.to_dict("records"), "cost": table.attrs["cost"]}
 
 
-@records.versioned(2)
+@records.versioned(2, name="apthory.layers.search")
 def search(
     backbone: Mapping[str, Any],
     task: str,

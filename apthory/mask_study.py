@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from apthory import backbones, pixels, records, regions, sweeps, training
+from apthory import backbones, pixels, record_format, records, regions, sweeps, training
 from apthory.tasks import Task
 
 
-@records.versioned(2)
+@records.versioned(2, name="apthory.mask_study.measure_masks")
 def measure_masks(
     backbone: Mapping[str, Any],
     task: str,
@@ -62,7 +62,7 @@ def measure_masks(
     }
 
 
-@records.versioned(2)
+@records.versioned(2, name="apthory.mask_study.draw_prompt")
 def draw_prompt(
     backbone: Mapping[str, Any],
     task: str,
@@ -140,4 +140,4 @@ def _fit(
     seeds: Sequence[int],
 ) -> list[training.Fit]:
     bundle = [training.Configuration(learning_rate=learning_rate, seed=seed) for seed in seeds]
-    return training.fit(model, data, sweeps.make(method), bundle, recipe=training.Recipe(**recipe))
+    return training.fit(model, data, record_format.method_of(method), bundle, recipe=training.Recipe(**recipe))

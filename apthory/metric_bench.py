@@ -24,7 +24,7 @@ from apthory.metrics import attention, similarity
 PEER = "torch-cka"
 
 
-@records.versioned(1)
+@records.versioned(1, name="apthory.metric_bench.race")
 def race(
     backbone: Mapping[str, Any], num_images: int, batch_size: int, num_repeats: int = 3, num_maps: int = 3
 ) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def verdict(
         raise ValueError(f"no claim {claim_id!r}; there are {', '.join(known)}")
     if not re.fullmatch(r"[\w.-]*", tag):
         raise ValueError(f"tag {tag!r} becomes part of a file name; use letters, digits, '_', '.' and '-'")
-    low, high = (float(value), float(value)) if interval is None else map(float, interval)
+    value, low, high = map(_rounded, (value, value, value) if interval is None else (value, *interval))
     if not (abs(low) < float("inf") and low <= value <= high < float("inf")):
         raise ValueError(f"{claim_id}: the value {value} must lie in a finite interval, not [{low}, {high}]")
     claim = known[claim_id]
@@ -159,7 +159,7 @@ def verdict(
         statistic=claim.statistic,
         threshold=claim.threshold,
         verdict=judgement if claim.covers(backbones) else "not run",
-        value=float(value),
+        value=value,
         low=low,
         high=high,
         suite=suite,
@@ -390,6 +390,9 @@ def problems() -> list[str]:
                 found += filter(None, [stale(source, twin, suite)])
         for path in sorted(records.suite_folder(suite).glob("*.p[nd][gf]")):
             found += figures.problems(path)
+        for record in records.load_all(records.folder(suite)):
+            if reason := records.superseded(record):
+                found.append(f"record {record.key[:12]}: {reason}")
     for path in _verdict_files(root):
         judged = json.loads(path.read_text("utf-8"))
         cited = figures.record_problems(judged["records"], judged["suite"])
@@ -408,6 +411,11 @@ def older_records() -> list[str]:
             if modules := records.changed_code(record):
                 found.append(f"record {record.key[:12]} ({record.name}): {', '.join(modules)} changed since")
     return found
+
+
+def _rounded(value: float) -> float:
+    """To 12 digits: the last ones differ from processor to processor, and equal results are to be equal bytes."""
+    return float(f"{float(value):.12g}")
 
 
 def _read_claims(path: Path) -> Iterator[Claim]:

@@ -1,7 +1,6 @@
 """What prompts on pixels cost: steps beside bare passes; label mappings and CLIP's text features beside a run."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from statistics import median
 from typing import Annotated, Any
@@ -18,6 +17,7 @@ from apthory import (
     heads,
     methods,
     pixels,
+    record_format,
     records,
     regions,
     tasks,
@@ -29,7 +29,7 @@ CLIP: Mapping[str, Any] = {"name": "clip:ViT-B-32", "pretrained": None}  # weigh
 METHODS: Mapping[str, methods.Method] = {"vp": methods.VP(), "evp": methods.EVP(), "adavipro": methods.AdaViPro()}
 
 
-@records.versioned(1)
+@records.versioned(1, name="apthory.pixel_bench.race")
 def race(backbone: Mapping[str, Any], recipe: Mapping[str, Any], num_repeats: int = 3) -> dict[str, Any]:
     """Time steps of one configuration and a one-time label mapping on the embedded textures.
 
@@ -64,7 +64,7 @@ def race(backbone: Mapping[str, Any], recipe: Mapping[str, Any], num_repeats: in
     return {"step_over_bare": over_bare, "seconds": seconds, "device": efficiency.device_name(device)}
 
 
-@records.versioned(1)
+@records.versioned(1, name="apthory.pixel_bench.race_words")
 def race_words(backbone: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Time CLIP's text features for the embedded textures, and a run of VP with the head they make.
 
@@ -103,7 +103,7 @@ def command(
     repeats: Annotated[int, typer.Option(min=1, help="timed calls of each piece of work")] = 3,
 ) -> None:
     """Time steps of VP, EVP and AdaViPro beside bare passes; a label mapping and CLIP's text features beside a run."""
-    recipe = asdict(training.Recipe(num_epochs=epochs, num_train=192, num_validation=48, num_test=48))
+    recipe = record_format.recipe(training.Recipe(num_epochs=epochs, num_train=192, num_validation=48, num_test=48))
     names: Sequence[str] = ("vit_micro", "resnet_micro")
     sources, folder = (training, methods, pixels, regions, diversity, heads, bench, clip), records.folder(suite)
     for name in names:

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from scipy import ndimage
 
-from apthory import pixels, records, sweeps, tasks, training
+from apthory import pixels, record_format, records, sweeps, tasks, training
 from apthory.tasks import Images, Task
 
 Arms = Mapping[str, Mapping[str, Any]]  # methods by the name that tables give them; lengths in pixels at 224
@@ -87,6 +87,8 @@ def recorded(study: Study, folder: Path) -> pd.DataFrame | None:
     every = (one for one in records.load_all(folder) if one.name in names) if named else ()
     found = sweeps.by_config(one for one in every if sweeps.key(one.config) in wanted)
     is_whole = bool(named) and wanted <= found.keys()
+    for record in found.values() if is_whole else ():
+        records.note(record.key)
     return _tidy(study, named, found) if is_whole else None
 
 
@@ -163,7 +165,7 @@ def _by_shift(record: records.Record) -> pd.DataFrame:
 # ------------------------------------------------------------------------------------------ distribution shift
 
 
-@records.versioned(1)
+@records.versioned(1, name="apthory.pixel_study.run_shifted")
 def run_shifted(
     backbone: Mapping[str, Any],
     task: str,
@@ -187,7 +189,7 @@ def run_shifted(
     data = _domain(task, size, domain) if domain else whole
     how, spec = training.Recipe(**recipe), sweeps.make_head(head, backbone, data.classes)
     fits = training.tune(
-        model, data, sweeps.make(method), recipe=how, learning_rates=learning_rates, seeds=seeds, head=spec
+        model, data, record_format.method_of(method), recipe=how, learning_rates=learning_rates, seeds=seeds, head=spec
     )
     values = sweeps.describe(data, fits, training.evaluate(data, fits))
     tested = []

@@ -2,15 +2,17 @@
 
 A record's key is the SHA-256 of its function's name and integer version, its configuration, and the digests
 of data and weights. The code is *not* part of the key, so that an edit does not throw hours of work away:
-raise the version by hand when results change. Beside the values stand the code's digests, the environment
-and the time it took.
+raise the version by hand when results change. Nor does a function's place matter: `versioned` gives it a name for ever
+(see `apthory.registry`). Beside the values stand the code's digests, the environment and the time it took.
+
+Two environment variables serve those who change the code. ``APTHORY_COMPUTE=0`` makes computing an error, so that
+whatever was recorded is either found or named as missing; ``APTHORY_KEYS`` names a file to which the key of every
+record is appended that is asked for.
 """
 
 import copy
 import hashlib
-import importlib
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
@@ -23,9 +25,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import lru_cache
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
+
+from apthory import registry
 
 SUITES = ("embedded", "small", "paper")
 _PACKAGES = ("numpy", "scipy", "scikit-learn", "scikit-image", "torch", "torchvision", "timm")
@@ -38,7 +43,7 @@ class Record:
     """What one function returned for one configuration; ``record["accuracy"]`` reads a value."""
 
     key: str  # SHA-256 of name, version, config, data and weights
-    name: str  # the function, importable: "apthory.sweeps.run_cell"
+    name: str  # of the function, see `versioned`: "apthory.sweeps.run_cell"
     version: int  # raised by hand when the function's results change
     config: dict[str, Any]  # keyword arguments of the function
     data: str  # digest of the data, where the configuration only names it
@@ -54,11 +59,25 @@ class Record:
         return self.values[name]
 
 
-def versioned(version: int) -> Callable[[_Function], _Function]:
-    """Give a function the version that enters the keys of its records (1 without this decorator)."""
+class MissingRecordError(ValueError):
+    """A record is not there, and ``APTHORY_COMPUTE=0`` forbids computing it."""
+
+
+def versioned(version: int, *, name: str) -> Callable[[_Function], _Function]:
+    """Let a function's results be recorded, under a name and a version that enter the keys of its records.
+
+    Args:
+        version: To be raised by hand when the results change.
+        name: Kept for ever, wherever the function moves. Another process can tell what the records are only if the
+            name stands in `apthory.registry` or the module of the function was loaded.
+
+    Raises:
+        ValueError: If another function has the name.
+    """
 
     def mark(function: _Function) -> _Function:
-        function.version = version  # type: ignore[attr-defined]
+        registry.register(name, function)
+        function.version, function.recorded_as = version, name  # type: ignore[attr-defined]
         return function
 
     return mark
@@ -80,8 +99,8 @@ def fetch(
     dictionaries), so that a record can be computed again from itself.
 
     Args:
-        function: A function at the top level of a module; returns values that JSON can hold (numbers,
-            strings, lists, string-keyed mappings; arrays and tensors become lists).
+        function: Decorated by `versioned`; returns values that JSON can hold (numbers, strings, lists, string-keyed
+            mappings; arrays and tensors become lists).
         config: Its keyword arguments, as a mapping or a dataclass.
         data: Digest of the data behind the names in ``config``.
         weights: Digest of the weights behind the names in ``config``.
@@ -91,13 +110,20 @@ def fetch(
             records: ``1`` for those written before this process started, a Unix time for those before it.
 
     Raises:
-        ValueError: If the function cannot be imported by name, or a number is not finite.
+        ValueError: If the function has no name for its records, or a number is not finite.
         TypeError: If configuration or values cannot be written as JSON.
+        MissingRecordError: If there is no record, and ``APTHORY_COMPUTE=0`` forbids computing it.
     """
     identity = _identity(function, config, data, weights)
     path = folder / f"{_digest(identity)}.json"
+    note(path.stem)
     if not fresh and (record := _usable(path)):
         return record
+    if os.environ.get("APTHORY_COMPUTE") == "0":
+        raise MissingRecordError(
+            f"there is no record {path.stem[:12]} of {identity['name']} in {folder}, and APTHORY_COMPUTE=0 forbids "
+            f"computing it: {_shortened(_json(identity))}"
+        )
     start = time.perf_counter()
     returned = function(**copy.deepcopy(identity["config"]))
     seconds = time.perf_counter() - start
@@ -120,7 +146,17 @@ def lookup(
     function: Callable[..., Mapping[str, Any]], config: Any, *, data: str = "", weights: str = "", folder: Path
 ) -> Record | None:
     """The record that `fetch` would read; None where it would compute."""
-    return _usable(folder / f"{_digest(_identity(function, config, data, weights))}.json")
+    record = _usable(folder / f"{_digest(_identity(function, config, data, weights))}.json")
+    if record:
+        note(record.key)
+    return record
+
+
+def note(key: str) -> None:
+    """Append a key that is asked for to the file that ``APTHORY_KEYS`` names, if it names one."""
+    if listing := os.environ.get("APTHORY_KEYS"):
+        with open(listing, "a", encoding="utf-8") as file:
+            file.write(f"{key}\n")
 
 
 def read(path: Path) -> Record:
@@ -142,8 +178,15 @@ def read(path: Path) -> Record:
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """The name under which records of a function are kept."""
-    return f"{function.__module__}.{function.__qualname__}"
+    """The name under which records of a function are kept.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    if name := getattr(function, "recorded_as", ""):
+        return name
+    place = f"{function.__module__}.{function.__qualname__}"
+    raise ValueError(f"{place} has no name for its records; decorate it: @records.versioned(1, name={place!r})")
 
 
 def load_all(folder: Path, name: str | None = None) -> list[Record]:
@@ -170,9 +213,9 @@ def find(cited: str, folder: Path) -> Path | None:
 def superseded(record: Record) -> str:
     """Say why a record is no longer what its function would return; empty if it still is."""
     try:
-        version = getattr(_resolve(record.name), "version", 1)
-    except (ImportError, AttributeError):
-        return f"{record.name} does not exist any more"
+        version = registry.resolve(record.name).version  # type: ignore[attr-defined]
+    except LookupError as error:
+        return str(error.args[0])
     return "" if version == record.version else f"{record.name} is at version {version}, not {record.version}"
 
 
@@ -188,7 +231,8 @@ def recompute(record: Record, *, rtol: float = 0.01, atol: float = 1e-6) -> list
     """
     if reason := superseded(record):
         raise ValueError(f"record {record.key[:12]} cannot be computed again: {reason}")
-    values = _plain_mapping(_resolve(record.name)(**copy.deepcopy(record.config)), "values")
+    function = registry.resolve(record.name)
+    values = _plain_mapping(function(**copy.deepcopy(record.config)), "values")
     return list(_differences(record.values, values, "values", rtol, atol))
 
 
@@ -252,12 +296,9 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def _identity(function: Callable[..., Any], config: Any, data: str, weights: str) -> dict[str, Any]:
     """What a record's key is the digest of."""
-    name = name_of(function)
-    if function.__module__ == "__main__" or "." in function.__qualname__:
-        raise ValueError(f"{name} cannot be imported by name; define it at the top level of a module")
     return {
-        "name": name,
-        "version": getattr(function, "version", 1),
+        "name": name_of(function),
+        "version": function.version,  # type: ignore[attr-defined]
         "config": _plain_mapping(config, "config"),
         "data": data,
         "weights": weights,
@@ -344,9 +385,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _resolve(name: str) -> Any:
-    module, _, function = name.rpartition(".")
-    return getattr(importlib.import_module(module), function)
+def _shortened(text: str, length: int = 1000) -> str:
+    return text if len(text) <= length else f"{text[:length]} ..."
 
 
 @lru_cache
@@ -355,13 +395,17 @@ def _first_digest(name: str) -> str:
 
 
 def _source_digest(name: str) -> str:
-    try:
-        spec = importlib.util.find_spec(name)
-    except ModuleNotFoundError:
-        spec = None
-    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+    """SHA-256 of a module's source, found without running any code: `importlib.util.find_spec` imports packages."""
+    places: list[str] | None = None
+    origin = None
+    for length in range(1, name.count(".") + 2):
+        spec = PathFinder.find_spec(".".join(name.split(".")[:length]), places)
+        if spec is None:
+            return "missing"
+        places, origin = list(spec.submodule_search_locations or ()), spec.origin
+    if origin is None or not Path(origin).is_file():
         return "missing"
-    return hashlib.sha256(Path(spec.origin).read_text("utf-8").encode()).hexdigest()
+    return hashlib.sha256(Path(origin).read_text("utf-8").encode()).hexdigest()
 
 
 def _version(package: str) -> str | None:

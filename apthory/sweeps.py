@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -32,6 +32,7 @@ from apthory import (
     methods,
     pixels,
     prompts,
+    record_format,
     records,
     regions,
     sites,
@@ -156,12 +157,7 @@ def fetch_study(study: Study, folder: Path, executor: Executor | None = None) ->
     random = []
     for record in main:
         if record.config["method"]["name"] in ("ap", "vp"):
-            method = {
-                "name": "random_prompt",
-                "site": record.config["method"]["site"],
-                # Three digits are enough, and keep the last bits of a machine out of the record's key.
-                "norms": [float(f"{norm:.3g}") for norm in record["prompt_norm"]],
-            }
+            method = record_format.random_prompt(record.config["method"]["site"], record["prompt_norm"])
             random.append({**record.config, "method": method})
     return main + fetch_all(random, folder, executor)
 
@@ -204,17 +200,9 @@ def cell(
     control: bool = False,
     head: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Configuration of `run_cell`; a trained head goes without saying, so that it is no part of a record's key."""
-    config = {
-        "backbone": dict(backbone),
-        "task": task,
-        "size": backbone.get("input_size", 64),
-        "method": dict(method),
-        "recipe": asdict(protocol.recipe),
-        "learning_rates": list(protocol.learning_rates),
-        "seeds": list(protocol.control_seeds if control else protocol.seeds),
-    }
-    return config if head is None else {**config, "head": dict(head)}
+    """Configuration of `run_cell` under a protocol."""
+    seeds = protocol.control_seeds if control else protocol.seeds
+    return record_format.cell(backbone, task, method, protocol.recipe, protocol.learning_rates, seeds, head)
 
 
 def fetch_all(
@@ -276,6 +264,7 @@ def fetch(
         record = _by_config(folder, records.name_of(function)).get(key(config))
         if record is None:
             raise
+        records.note(record.key)
         warnings.warn(f"taking the record of {config['task']!r} as it is, since {error}", stacklevel=2)
         return record
     is_clip = clip.is_tower(config["backbone"])
@@ -298,10 +287,10 @@ def _digests(config: Mapping[str, Any], model: nn.Module, task: tasks.Task) -> d
     """What a record's key takes besides the configuration."""
     is_clip = clip.is_tower(config["backbone"])  # its text tower may be the head
     weights = clip.of(config["backbone"]).model if is_clip else model
-    return {"data": task.digest, "weights": backbones.digest(weights)}
+    return {"data": task.digest, "weights": record_format.weights(backbones.digest(weights))}
 
 
-@records.versioned(1)
+@records.versioned(1, name="apthory.sweeps.run_cell")
 def run_cell(
     backbone: Mapping[str, Any],
     task: str,
@@ -338,7 +327,14 @@ def run_cell(
             )
         spec = make_head(head, backbone, data.classes)
         fits = training.tune(
-            model, data, make(method), recipe=how, learning_rates=learning_rates, seeds=seeds, head=spec, heads=probe
+            model,
+            data,
+            record_format.method_of(method),
+            recipe=how,
+            learning_rates=learning_rates,
+            seeds=seeds,
+            head=spec,
+            heads=probe,
         )
         evaluations = training.evaluate(data, fits)
     return {**describe(data, fits, evaluations), "bundle_seconds": time.perf_counter() - started}
@@ -363,31 +359,6 @@ def describe(
         "transform": data.transform,
         "cache_bytes": fits[0].cache_bytes,
     }
-
-
-def make(method: Mapping[str, Any]) -> methods.Method:
-    """The method behind a name of the tables; a visual prompt with a site is one on the whole normalized image."""
-    name, fields = method["name"], {key: value for key, value in method.items() if key != "name"}
-    match name:
-        case "ap":
-            return methods.ActivationPrompting(**fields)
-        case "vp":
-            return methods.ActivationPrompting(**fields) if "site" in fields else methods.VP(**fields)
-        case "frozen_head":
-            return methods.ActivationPrompting(**fields, head="frozen")
-        case "norm":
-            return methods.NormTuning(**fields)
-        case "linear_probe" | "site_probe":
-            return methods.LinearProbe(**fields)
-        case "full":
-            return methods.FullFineTuning(**fields)
-        case "evp":
-            lists = {key: tuple(value) for key, value in fields.items() if key == "diversity"}
-            return methods.EVP(**{**fields, **lists})
-        case "adavipro":
-            return methods.AdaViPro(**fields)
-    known = "vp, ap, frozen_head, norm, linear_probe, site_probe, full, evp or adavipro"
-    raise ValueError(f"no method {name!r}; expected {known}")
 
 
 def make_head(

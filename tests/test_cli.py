@@ -96,6 +96,23 @@ def test_check_passes_only_while_everything_is_current(project):
     assert call("check").exit_code == 1
 
 
+@pytest.mark.parametrize("options", [[], ["--recompute"]])
+def test_check_calls_nothing_that_a_record_names(project, monkeypatch, options):
+    mark_as_run(project / "notebooks" / "01_one.py")
+    identity = {"name": "os.system", "version": 1, "config": {"command": "touch done"}, "data": "", "weights": ""}
+    content = {"key": records._digest(identity), **identity, "values": {}, "code": {}, "environment": {}}
+    content |= {"wall_seconds": 0.1}
+    content["sha256"] = records._digest(content)
+    folder = records.folder("embedded")
+    folder.mkdir(parents=True)
+    (folder / f"{content['key']}.json").write_text(json.dumps(content))
+    monkeypatch.chdir(project)
+    result = call("check", *options)
+    assert result.exit_code == 1
+    assert f"stale:\n  record {content['key'][:12]}: no function records as 'os.system'\n" in result.stdout
+    assert not (project / "done").exists()
+
+
 def test_check_of_a_claim_says_what_it_is_and_how_it_was_judged(project):
     scope = {"suite": "small", "backbones": ["vit_micro"], "tasks": ["digits"], "seeds": [0], "made_from": []}
     notebooks.verdict("AP-1.full", -2.0, (-3.0, -1.0), tag="vit_micro", note="On one task.", **scope)

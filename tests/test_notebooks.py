@@ -75,6 +75,10 @@ notebooks.verdict("AP-11", change - 3, None, **scope)
 """
 
 SUMS = """\
+from apthory import records
+
+
+@records.versioned(1, name="sums.total")
 def total(limit):
     with open(__file__ + ".log", "a") as log:
         log.write(f"{limit}\\n")

@@ -18,6 +18,7 @@ from apthory import (
     pixel_study,
     pixel_suites,
     pixels,
+    record_format,
     records,
     sites,
     studies,
@@ -121,7 +122,7 @@ def test_every_named_cell_can_be_made(suite: str):
     for study in pixel_suites.STUDIES[suite].values():
         for _, cell in pixel_study.cells(study):
             assert json.loads(json.dumps(cell)) == cell
-            sweeps.make(cell["method"])
+            record_format.method_of(cell["method"])
             training.Recipe(**cell["recipe"])
 
 

@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apthory import records
+from apthory import records, registry
 
 calls: list[dict] = []
 
@@ -31,6 +32,7 @@ def _no_calls(monkeypatch):
     monkeypatch.delenv("APTHORY_FRESH", raising=False)
 
 
+@records.versioned(1, name="tests.double")
 def double(x, **rest):
     calls.append({"x": x, **rest})
     return {"y": 2 * x, "run_seconds": time.perf_counter()}
@@ -62,7 +64,7 @@ def test_lookup_reads_what_fetch_would_read_and_computes_nothing(tmp_path, monke
 
 def test_key_is_the_digest_of_what_the_docstring_names(tmp_path):
     """Computed independently: old records must stay readable under their names."""
-    identity = {"config": {"a": [1, 2.5], "x": 3}, "data": "d", "name": f"{__name__}.double", "version": 1}
+    identity = {"config": {"a": [1, 2.5], "x": 3}, "data": "d", "name": "tests.double", "version": 1}
     text = json.dumps({**identity, "weights": "w"}, sort_keys=True, separators=(",", ":"))
     record = fetch(tmp_path, config={"x": 3, "a": (1, 2.5)}, data="d", weights="w")
     assert record.key == hashlib.sha256(text.encode()).hexdigest()
@@ -75,20 +77,38 @@ def test_key_does_not_depend_on_the_order_of_the_configuration(config):
     assert records._digest(records._plain(config, "")) == records._digest(records._plain(backwards, ""))
 
 
-def test_each_part_of_the_identity_changes_the_key(tmp_path):
-    @records.versioned(2)
-    def other(x):
-        return {"y": x}
+@records.versioned(1, name="tests.twice")
+def twice(x):
+    return {"y": 2 * x}
 
-    other.__qualname__ = "double"  # the same function, at its next version
+
+def test_each_part_of_the_identity_changes_the_key(tmp_path, monkeypatch):
     keys = {
         fetch(tmp_path).key,
         fetch(tmp_path, config={"x": 4}).key,
         fetch(tmp_path, data="other images").key,
         fetch(tmp_path, weights="other weights").key,
-        fetch(tmp_path, function=other).key,
+        fetch(tmp_path, function=twice).key,
     }
-    assert len(keys) == 5
+    monkeypatch.setattr(double, "version", 2)
+    keys.add(fetch(tmp_path).key)
+    assert len(keys) == 6
+
+
+def test_a_function_may_move_and_keeps_its_records(tmp_path):
+    def moved(x):
+        raise AssertionError("computed again")
+
+    moved.version, moved.recorded_as = 1, "tests.double"
+    assert fetch(tmp_path, function=moved if list(tmp_path.iterdir()) else double)["y"] == 6
+    assert fetch(tmp_path, function=moved)["y"] == 6
+
+
+def test_two_functions_cannot_record_under_one_name():
+    with pytest.raises(ValueError, match=r"two functions record as 'tests\.double': .*:double and .*<lambda>; rename"):
+        records.versioned(1, name="tests.double")(lambda x: {"y": x})
+    with pytest.raises(ValueError, match=r"the table of names has 'apthory\.bench\.race' at .*; correct it"):
+        records.versioned(1, name="apthory.bench.race")(lambda x: {"y": x})
 
 
 def test_function_receives_the_configuration_that_is_recorded(tmp_path):
@@ -134,15 +154,97 @@ def test_what_cannot_be_recorded_is_named_and_leaves_no_file(tmp_path, value, er
     def broken(x):
         return value
 
-    broken.__qualname__ = "double"
+    broken.version, broken.recorded_as = 1, "tests.broken"
     with pytest.raises(error, match=message):
         fetch(tmp_path, function=broken)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_functions_that_cannot_be_imported_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="top level of a module"):
+def test_functions_without_a_name_for_their_records_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"has no name for its records; decorate it: @records\.versioned\(1, name="):
         fetch(tmp_path, function=lambda x: {"y": x})
+
+
+def test_computing_can_be_made_an_error(tmp_path, monkeypatch):
+    kept = fetch(tmp_path)
+    monkeypatch.setenv("APTHORY_COMPUTE", "0")
+    assert fetch(tmp_path) == kept
+    with pytest.raises(records.MissingRecordError, match=r"no record \w{12} of tests\.double in .* forbids .*\"x\":4"):
+        fetch(tmp_path, config={"x": 4})
+    with pytest.raises(records.MissingRecordError):
+        fetch(tmp_path, fresh=True)
+    assert len(calls) == 1
+    assert [path.stem for path in tmp_path.iterdir()] == [kept.key]
+
+
+def test_keys_that_are_asked_for_can_be_listed(tmp_path, monkeypatch):
+    monkeypatch.setenv("APTHORY_KEYS", str(tmp_path / "asked.txt"))
+    kept = fetch(tmp_path / "records")
+    other = fetch(tmp_path / "records", config={"x": 4})
+    assert records.lookup(double, {"x": 3}, folder=tmp_path / "records") == kept
+    assert records.lookup(double, {"x": 5}, folder=tmp_path / "records") is None
+    assert (tmp_path / "asked.txt").read_text().splitlines() == [kept.key, other.key, kept.key]
+
+
+def planted(folder, name, module="tests.nothing"):
+    """A whole record that claims to be the result of any function, with the source of any module."""
+    identity = {"name": name, "version": 1, "config": {"command": "touch done"}, "data": "", "weights": ""}
+    content = {
+        "key": records._digest(identity), **identity, "values": {"y": 0}, "code": {module: "0"}, "environment": {},
+        "wall_seconds": 0.1,
+    }  # fmt: skip
+    content["sha256"] = records._digest(content)
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{content['key']}.json"
+    path.write_text(json.dumps(content))
+    return records.read(path)
+
+
+def test_no_record_makes_anything_be_imported_or_called(tmp_path, monkeypatch):
+    """A record is data: what it names is looked up in the table of names, and its sources are read, not run."""
+    package = tmp_path / "harmful"
+    package.mkdir()
+    for name in ("__init__.py", "inner.py"):
+        (package / name).write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("os.system", "harmful.inner.run", "apthory.sweeps.no_such_function"):
+        record = planted(tmp_path / "records", name, module="harmful.inner")
+        assert records.superseded(record) == f"no function records as {name!r}"
+        with pytest.raises(ValueError, match="cannot be computed again: no function records as"):
+            records.recompute(record)
+        assert records.changed_code(record) == ["harmful.inner"]
+    assert not (tmp_path / "done").exists()
+    source = hashlib.sha256((package / "inner.py").read_bytes()).hexdigest()
+    assert records._source_digest("harmful.inner") == source
+    assert "harmful" not in sys.modules
+
+
+def test_every_recorded_function_is_where_the_table_of_names_says():
+    marked = set()
+    for path in (Path(records.__file__).parent).rglob("*.py"):
+        marked |= set(re.findall(r'versioned\(\d+, name="([\w.]+)"\)', path.read_text()))
+    assert marked == registry.PLACES.keys()
+    for name in registry.PLACES:
+        assert registry.resolve(name).recorded_as == name
+
+
+NAMES_FOR_EVER = """
+apthory.bench.race apthory.efficiency.measure_methods apthory.efficiency.measure_sites
+apthory.equivalence_study.measure_diagnoses apthory.equivalence_study.measure_gap
+apthory.equivalence_study.measure_layers apthory.equivalence_study.measure_trained
+apthory.equivalence_study.measure_trajectories apthory.global_study.measure_attention
+apthory.global_study.measure_profile apthory.global_study.measure_similarity apthory.input_study.measure_frame
+apthory.input_study.measure_rank apthory.input_study.measure_residuals apthory.input_study.measure_universality
+apthory.layers.score apthory.layers.search apthory.mask_study.draw_prompt apthory.mask_study.measure_masks
+apthory.metric_bench.race apthory.pixel_bench.race apthory.pixel_bench.race_words apthory.pixel_study.run_shifted
+apthory.sweeps.run_cell apthory.theory.study.measure_counts apthory.theory.study.measure_descent
+apthory.theory.study.measure_epochs apthory.theory.study.measure_errors
+"""
+
+
+def test_names_of_records_are_never_changed():
+    assert set(NAMES_FOR_EVER.split()) <= registry.PLACES.keys()
 
 
 def test_failing_function_leaves_nothing(tmp_path):
@@ -248,7 +350,7 @@ def test_load_all_keeps_the_whole_records_of_a_function(tmp_path):
     assert records.load_all(tmp_path, "apthory.sweeps.run_bundle") == []
     (tmp_path / f"{keys[1]}.json").write_text("{")
     with pytest.warns(RuntimeWarning, match="set aside"):
-        assert [record.key for record in records.load_all(tmp_path, f"{__name__}.double")] == [
+        assert [record.key for record in records.load_all(tmp_path, "tests.double")] == [
             keys[0],
             keys[2],
         ]
@@ -266,7 +368,10 @@ def test_citations_are_short_sorted_and_find_their_record(tmp_path):
 def study(tmp_path, monkeypatch):
     """A module whose code can change."""
     source = tmp_path / "study.py"
-    source.write_text("def run(x):\n    return {'accuracy': 50.0 + x, 'sites': ['a'], 'step_seconds': 1.0}\n")
+    header = "from apthory import records\n\n\n@records.versioned(1, name='study.run')\n"
+    source.write_text(
+        f"{header}def run(x):\n    return {{'accuracy': 50.0 + x, 'sites': ['a'], 'step_seconds': 1.0}}\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     module = importlib.import_module("study")
     yield source, module
@@ -290,9 +395,6 @@ def test_older_code_is_told_from_a_newer_version(study, tmp_path):
     assert records.superseded(record) == ""
     study[1].run.version = 2
     assert records.superseded(record) == "study.run is at version 2, not 1"
-    edit(study, "def run", "def gone")
-    del study[1].run
-    assert records.superseded(record) == "study.run does not exist any more"
 
 
 def test_recomputing_compares_values_but_no_timings(study, tmp_path):

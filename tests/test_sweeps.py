@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from apthory import backbones, records, sites, sweeps, training
+from apthory import backbones, record_format, records, sites, sweeps, training
 from apthory.__main__ import app
 
 SMALL = {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 32, "input_size": 32}
@@ -134,13 +134,13 @@ def test_named_studies_hold_every_block_site_of_the_shipped_backbones(suite: str
     assert [site for name, site in names(cells) if name in ("vp", "ap")] == places[:: study.site_every]
     assert study.site_every == 1 or suite == "embedded"
     for cell in cells:
-        sweeps.make(cell["method"])
+        record_format.method_of(cell["method"])
         training.Recipe(**cell["recipe"])
 
 
 def test_an_unknown_method_lists_those_there_are():
     with pytest.raises(ValueError, match="no method 'prompt'; expected vp, ap, frozen_head, norm, linear_probe"):
-        sweeps.make({"name": "prompt"})
+        record_format.method_of({"name": "prompt"})
 
 
 # ---------------------------------------------------------------------------------------------- records
@@ -167,7 +167,12 @@ def test_a_cell_says_what_tuning_and_evaluating_says(study: sweeps.Study, done: 
     spec = record.config["backbone"]
     backbone, task = backbones.load(**spec), sweeps.tasks.load(record.config["task"], 32)
     fits = training.tune(
-        backbone, task, sweeps.make(record.config["method"]), recipe=RECIPE, learning_rates=(2e-2,), seeds=(0, 1)
+        backbone,
+        task,
+        record_format.method_of(record.config["method"]),
+        recipe=RECIPE,
+        learning_rates=(2e-2,),
+        seeds=(0, 1),
     )
     evaluations = training.evaluate(task, fits)
     assert record["accuracy"] == [e.accuracy for e in evaluations]

@@ -6,10 +6,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from apthory import records
 from apthory.theory import simulation
 from apthory.theory.reach import Problem, Rule
 
 
+@records.versioned(1, name="apthory.theory.study.measure_counts")
 def measure_counts(points: Sequence[Sequence[int]], num_repeats: int, num_kept: int, seed: int = 0) -> dict[str, Any]:
     """The counting process at points (P, r, m): mean and deviation of the samples, and the first repetitions."""
     rows = []
@@ -20,6 +22,7 @@ def measure_counts(points: Sequence[Sequence[int]], num_repeats: int, num_kept: 
     return {"rows": rows}
 
 
+@records.versioned(1, name="apthory.theory.study.measure_descent")
 def measure_descent(
     network: str,
     points: Sequence[Sequence[int]],
@@ -42,6 +45,7 @@ def measure_descent(
     return {"rows": rows}
 
 
+@records.versioned(1, name="apthory.theory.study.measure_epochs")
 def measure_epochs(
     points: Sequence[Mapping[str, Any]], num_positions: int, num_repeats: int, step: float, seed: int = 0
 ) -> dict[str, Any]:
@@ -69,6 +73,7 @@ def measure_epochs(
     return {"rows": rows}
 
 
+@records.versioned(1, name="apthory.theory.study.measure_errors")
 def measure_errors(
     num_positions: int,
     reaches: Sequence[int],
