@@ -1,16 +1,8 @@
 """Image classification tasks: embedded, from a folder, from Parquet files, from the hub."""
 
-from apthory.tasks.readers import (
-    EMBEDDED,
-    IMAGE_SUFFIXES,
-    Images,
-    Split,
-    Task,
-    from_folder,
-    from_hub,
-    from_parquet,
-    load,
-)
+from apthory.tasks.embedded import EMBEDDED
+from apthory.tasks.readers import IMAGE_SUFFIXES, from_folder, from_hub, from_parquet, load
+from apthory.tasks.task import Images, Split, Task
 
 __all__ = [
     "load", "EMBEDDED", "from_folder", "from_parquet", "from_hub", "IMAGE_SUFFIXES",

@@ -1,171 +1,31 @@
-"""Image classification tasks: embedded, from a folder, from Parquet files, from the hub.
+"""Tasks from a folder, from Parquet files and from the hub.
 
 Images are decoded once and kept as uint8, always in the same way: EXIF orientation applied, greyscale as
 three equal channels (deeper than 8 bits: scaled by its bit depth), transparency composed on white, the
 shorter side resized (bicubic, antialiased), the centre cropped. Nothing is random; a split records indices.
 """
 
-import hashlib
 import io
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cache, cached_property, partial
-from importlib import resources
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 from tqdm.auto import tqdm
+
+from apthory.tasks.embedded import EMBEDDED, draw
+from apthory.tasks.task import Images, Task, check_size, sha256, some
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _TEST_NAMES = ("test", "val", "validation")  # the first that exists is the test part
 _BITS_PER_SAMPLE = 258  # TIFF tag
-
-
-@dataclass(frozen=True, eq=False)
-class Images:
-    """Labelled images: RGB pixels from 0 to 255, and for each image the index of its class."""
-
-    pixels: UInt8[Tensor, "image channel height width"]
-    labels: Int64[Tensor, " image"]
-
-    def __post_init__(self):
-        if len(self.pixels) != len(self.labels):
-            raise ValueError(f"{len(self.pixels)} images and {len(self.labels)} labels; expected one label each")
-        if self.pixels.shape[1] != 3:
-            raise ValueError(f"images of {self.pixels.shape[1]} channels; expected 3 (red, green, blue)")
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __repr__(self) -> str:
-        return f"Images({len(self)} of {' x '.join(map(str, self.pixels.shape[1:]))})"
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """Ascending indices of images: `train` and `validation` into `task.train`, `test` into `task.test`."""
-
-    seed: int
-    train: Int64[Tensor, " train"]
-    validation: Int64[Tensor, " validation"]
-    test: Int64[Tensor, " test"]
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of the three lists of indices, in hex."""
-        return _sha256(*(part.numpy() for part in (self.train, self.validation, self.test)))
-
-    def __repr__(self) -> str:
-        sizes = f"train={len(self.train)}, validation={len(self.validation)}, test={len(self.test)}"
-        return f"Split(seed={self.seed}, {sizes})"
-
-
-@dataclass(frozen=True, eq=False)
-class Task:
-    """A classification task. Every class has a training image; a class without test image is allowed.
-
-    Raises:
-        ValueError: If there is only one class, a label without class, or a class without training image.
-    """
-
-    name: str
-    classes: tuple[str, ...]
-    train: Images
-    test: Images
-    transform: str  # how the source became these pixels
-
-    def __post_init__(self):
-        here, last = f"task {self.name!r}", len(self.classes) - 1
-        if last < 1:
-            raise ValueError(f"{here} has the classes {list(self.classes)}; at least two are needed to classify")
-        if len(set(self.classes)) <= last:
-            raise ValueError(f"{here} names a class twice: {list(self.classes)}")
-        if (shape := self.train.pixels.shape[1:]) != (other := self.test.pixels.shape[1:]):
-            raise ValueError(f"{here} has train images of shape {tuple(shape)} but test images of {tuple(other)}")
-        for part, images in (("train", self.train), ("test", self.test)):
-            if not len(images):
-                raise ValueError(f"{here} has no {part} images")
-            low, high = int(images.labels.min()), int(images.labels.max())
-            if low < 0 or high > last:
-                raise ValueError(
-                    f"{here} has {part} labels from {low} to {high}; expected 0 to {last} (-1 often marks "
-                    "images published without labels: use another part of the data)"
-                )
-        if missing := self._absent(self.train.labels):
-            raise ValueError(f"{here} has no training image of {missing}; add some or remove the class")
-
-    def __repr__(self) -> str:
-        side = self.train.pixels.shape[-1]
-        images = f"{len(self.train)} train and {len(self.test)} test images of {side} px"
-        return f"Task({self.name!r}, {len(self.classes)} classes ({_some(self.classes)}), {images})"
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of pixels, labels and class names, in hex."""
-        arrays = (part.numpy() for images in (self.train, self.test) for part in (images.pixels, images.labels))
-        return _sha256(json.dumps(self.classes).encode(), *arrays)
-
-    def split(
-        self,
-        seed: int,
-        num_train: int | None = None,
-        num_validation: int | None = 0,
-        num_test: int | None = None,
-    ) -> Split:
-        """Draw subsets in proportion to the classes; each class is drawn once before any is drawn twice.
-
-        `None`, or more than there is, means all there is. Validation is served first, out of the train part,
-        and spares one image of each class while it can; train gets at most what is left. With the same seed,
-        a larger subset contains the smaller one. The test subset is the same for every seed, so that
-        comparisons between seeds and methods are paired.
-
-        Raises:
-            ValueError: If a number is negative, or a class would have no image in the train subset.
-        """
-        numbers = {"num_train": num_train, "num_validation": num_validation, "num_test": num_test}
-        for name, number in numbers.items():
-            if number is not None and number < 0:
-                raise ValueError(f"{name} is {number}; expected None (all there is) or a number from 0 up")
-        pool = len(self.train)
-        left = 0 if num_validation is None else max(pool - num_validation, 0)
-        order = _stratified_order(self.train.labels, seed)  # train from its front, validation from its back
-        train = order[:left][:num_train]
-        if missing := self._absent(self.train.labels[train]):
-            way_out = "raise num_train" if len(train) < left else f"lower num_validation, now {num_validation}"
-            raise ValueError(
-                f"the train subset has no image of {missing}: it is {len(train)} of {pool} images for "
-                f"{len(self.classes)} classes, with {numbers}; {way_out}"
-            )
-        test = _stratified_order(self.test.labels, 0)[:num_test]
-        return Split(seed, *(part.sort().values for part in (train, order[left:], test)))
-
-    def _absent(self, labels: Int64[Tensor, " image"]) -> str:
-        counts = labels.bincount(minlength=len(self.classes))
-        return _some([name for name, count in zip(self.classes, counts, strict=True) if not count])
-
-
-def _stratified_order(labels: Int64[Tensor, " image"], seed: int) -> Int64[Tensor, " image"]:
-    """Order images at random such that every beginning and every end is stratified by class.
-
-    The k-th image of a class of n stands at (k - 1/2) / n (Webster's apportionment), the first one at 0. The
-    random numbers are raw bits of PCG64, which NumPy guarantees: the order is the same on every machine.
-    """
-    classes = labels.numpy()
-    random = np.random.PCG64(seed).random_raw(len(classes))
-    shuffled = np.lexsort((random, classes))  # by class, at random within
-    sizes = np.bincount(classes)
-    rank = np.arange(len(classes)) - (np.cumsum(sizes) - sizes)[classes[shuffled]]
-    place = np.where(rank == 0, 0, (rank + 0.5) / sizes[classes[shuffled]])
-    return torch.from_numpy(shuffled[np.lexsort((random[shuffled], place))])
 
 
 def load(name: str, size: int, data: str | Path | None = None) -> Task:
@@ -185,7 +45,7 @@ def load(name: str, size: int, data: str | Path | None = None) -> Task:
     if prefix in readers and rest:
         return readers[prefix](rest, size)
     if name in EMBEDDED:
-        return _embedded(name, size)
+        return draw(name, size)
     folder = data or os.environ.get("APTHORY_DATA")
     known = f"Embedded tasks: {', '.join(EMBEDDED)}. Elsewhere: folder:PATH, parquet:PATH, hub:ID."
     way_out = "Set APTHORY_DATA or pass data= to name the folder that holds the tasks"
@@ -230,7 +90,7 @@ def from_folder(path: str | Path, size: int) -> Task:
     if not present:
         train, test = _files_by_class(root), {}
         for name, files in train.items():
-            ranked = sorted(files, key=lambda file: _sha256(file.relative_to(root).as_posix().encode()))
+            ranked = sorted(files, key=lambda file: sha256(file.relative_to(root).as_posix().encode()))
             number = min(max(1, round(len(files) / 5)), len(files) - 1)
             train[name], test[name] = sorted(ranked[number:]), sorted(ranked[:number])
         how = "; test: a fifth of each class, by SHA-256 of the file names"
@@ -243,8 +103,8 @@ def from_folder(path: str | Path, size: int) -> Task:
         )
     if unknown := sorted(test.keys() - train.keys()):
         raise ValueError(
-            f"{str(root / present[1])!r} has the classes {_some(unknown)}, which train lacks (it has "
-            f"{_some(list(train))}); add training images or remove them"
+            f"{str(root / present[1])!r} has the classes {some(unknown)}, which train lacks (it has "
+            f"{some(list(train))}); add training images or remove them"
         )
     classes, parts = tuple(train), []
     for part, by_class in (("train", train), ("test", test)):
@@ -302,7 +162,7 @@ def from_parquet(
         for column, keep in where.items():
             there = pq.read_table(files, columns=[column])[column].unique().to_pylist()
             if absent := [value for value in keep if value not in there]:
-                raise ValueError(f"no {part} row with {column} {_some(absent)}; there are {_some(there)}")
+                raise ValueError(f"no {part} row with {column} {some(absent)}; there are {some(there)}")
         table = pq.read_table(files, columns=[image, label], filters=filters)
         parts.append(_Part(part, table[label].to_pylist(), partial(_row, table[image])))
         info = json.loads((table.schema.metadata or {}).get(b"huggingface", "{}"))  # where `datasets` puts names
@@ -355,7 +215,7 @@ def from_hub(
         raise ValueError("the options split= and streaming= do not fit here; choose splits by train= and test=")
     test = test or next((name for name in _TEST_NAMES if name in found), "test")
     if missing := [name for name in (train, test) if name not in found]:
-        raise ValueError(f"{identifier!r} has no split {_some(missing)}; name them by train=, test=: {list(found)}")
+        raise ValueError(f"{identifier!r} has no split {some(missing)}; name them by train=, test=: {list(found)}")
     parts, names = [], None
     for part, name in (("train", train), ("test", test)):
         _check_columns(identifier, (image, label), found[name].column_names)
@@ -367,12 +227,12 @@ def from_hub(
 
 def _check_columns(name: str, wanted: Sequence[str], there: Sequence[str]) -> None:
     if missing := [column for column in wanted if column not in there]:
-        raise ValueError(f"{name} has no column {_some(missing)}; it has {_some(there)}")
+        raise ValueError(f"{name} has no column {some(missing)}; it has {some(there)}")
 
 
 def _task(name: str, classes: Sequence[str] | None, parts: Sequence[_Part], size: int, how: str = "") -> Task:
     """Decode all parts into one tensor; without names, the classes are the sorted values of the labels."""
-    _check_size(size)
+    check_size(size)
     rows = [(part, index) for part in parts for index in range(len(part.labels))]
     labels = [label for part in parts for label in part.labels]
     if None in labels:
@@ -430,189 +290,3 @@ def _pixels(image: Image.Image, size: int) -> UInt8[np.ndarray, "channel height 
     left, top = round((width - size) / 2), round((height - size) / 2)
     image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
-
-
-def _check_size(size: int) -> None:
-    if size < 8:
-        raise ValueError(f"images of {size} px; expected at least 8")
-
-
-def _some(names: Sequence[Any]) -> str:
-    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _sha256(*items: bytes | np.ndarray) -> str:
-    """SHA-256 in hex of byte strings and of arrays with their type and shape."""
-    digest = hashlib.sha256()
-    for item in items:
-        if isinstance(item, bytes):
-            digest.update(item)
-        else:
-            digest.update(f"{item.dtype.str}{item.shape}".encode())
-            digest.update(np.ascontiguousarray(item).data)
-    return digest.hexdigest()
-
-
-# Embedded tasks. Image `number` of a part (0 train, 1 test) has the class `number` modulo the number of
-# classes, and is drawn in units of its side, so that a task is the same at every size. The constants were
-# chosen such that a linear probe on either shipped backbone, trained on 400 images, gets 40 to 90 % right.
-
-_NUM_IMAGES = 500  # in each part
-_SHAPES = {  # signed distance from the outline in units of the radius, negative inside
-    "disc": lambda x, y: np.hypot(x, y) - 1,
-    "square": lambda x, y: np.maximum(abs(x), abs(y)) - 0.85,
-    "triangle": lambda x, y: np.maximum(abs(x) * 0.866 - y * 0.5, y) - 0.6,
-    "cross": lambda x, y: np.maximum(np.minimum(abs(x), abs(y)) - 0.33, np.maximum(abs(x), abs(y)) - 1),
-    "bar": lambda x, y: np.maximum(abs(x) - 1, abs(y) - 0.25),
-}
-_KINDS = ("disc", "triangle", "cross")  # of color_shape
-_COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220)}
-_ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
-_PHOTOGRAPHS = {  # in scikit-image's wheel, and the box that is all texture: left half train, right half test
-    "brick": ("brick.png", (0, 0, 512, 512)),
-    "grass": ("grass.png", (0, 0, 512, 512)),
-    "gravel": ("gravel.png", (0, 0, 512, 512)),
-    "tissue": ("ihc.png", (0, 0, 512, 512)),
-    "galaxies": ("hubble_deep_field.jpg", (0, 0, 1000, 872)),
-    "moon": ("moon.png", (0, 0, 512, 512)),
-    "retina": ("retina.jpg", (300, 200, 1100, 1200)),
-    "fur": ("chelsea.png", (60, 180, 300, 300)),
-    "print": ("page.png", (0, 0, 384, 170)),
-}
-
-
-class _Scene:
-    """A canvas to paint on; at first a smooth, noisy, almost grey background."""
-
-    def __init__(self, random: np.random.Generator, size: int, low: int = 80, high: int = 176):
-        self.size = size
-        self.base = random.uniform(low, high) + random.uniform(-25, 25, 3)
-        self.canvas = self.base + 0.1 * _field(random, 4, size)
-        self.noise = 0.1 * _field(random, 64, size)
-
-    def contrasting(self, random: np.random.Generator) -> Float[np.ndarray, " channel"]:
-        """A random colour that differs from the background by at least 68 in every channel."""
-        return (self.base + random.uniform(68, 188, 3)) % 256
-
-    def paint(self, cover: Float[np.ndarray, "height width"], colour: Float[np.ndarray, " channel"]) -> None:
-        self.canvas = self.canvas * (1 - cover[..., None]) + colour * cover[..., None]
-
-    def draw(self, shape: str, x: float, y: float, radius: float, angle: float, colour: np.ndarray) -> None:
-        """Paint a shape around (x, y) with smooth edges; angle in radians, counter-clockwise."""
-        axis = (np.arange(self.size) + 0.5) / self.size
-        u, v = (axis[None, :] - x) / radius, (y - axis[:, None]) / radius
-        cos, sin = math.cos(angle), math.sin(angle)
-        distance = _SHAPES[shape](cos * u + sin * v, cos * v - sin * u) * radius * self.size
-        self.paint(np.clip(0.5 - distance, 0, 1), colour)
-
-    def pixels(self) -> UInt8[np.ndarray, "channel height width"]:
-        return np.clip(np.rint(self.canvas + self.noise), 0, 255).astype(np.uint8).transpose(2, 0, 1)
-
-
-def _field(random: np.random.Generator, cells: int, size: int) -> Float[np.ndarray, "height width channel"]:
-    """Random colours from -127.5 to 127.5 on a square of cells, interpolated."""
-    colours = Image.fromarray(random.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
-    return np.asarray(colours.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float64) - 127.5
-
-
-def _digit(random: np.random.Generator, part: int, number: int, size: int) -> np.ndarray:
-    """Handwritten digits of scikit-learn (first half train, second half test), bright on dark."""
-    scene = _Scene(random, size, low=10, high=30)
-    side = round(size * random.uniform(0.9, 1))
-    left, top = (random.uniform(0, 1, 2) * (size - side)).astype(int)
-    ink = Image.fromarray(_handwriting(part, number % 10)[number // 10])
-    cover = np.zeros((size, size))
-    cover[top : top + side, left : left + side] = ink.resize((side, side), Image.Resampling.BICUBIC)
-    scene.paint(cover / 255, random.uniform(220, 250, 3))
-    return scene.pixels()
-
-
-@cache
-def _handwriting(part: int, digit: int) -> UInt8[np.ndarray, "image height width"]:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    in_part = np.arange(len(digits.target)) * 2 // len(digits.target) == part
-    return np.rint(digits.images[in_part & (digits.target == digit)] * (255 / 16)).astype(np.uint8)
-
-
-def _texture(random: np.random.Generator, part: int, number: int, size: int) -> np.ndarray:
-    """Grey crops of 32 to 64 px of photographs, turned by right angles, of random brightness and contrast."""
-    file, (left, top, right, bottom) = list(_PHOTOGRAPHS.values())[number % len(_PHOTOGRAPHS)]
-    middle = (left + right) // 2
-    left, right = ((left, middle), (middle, right))[part]
-    side = int(random.integers(32, 65))
-    x, y = int(random.integers(left, right - side + 1)), int(random.integers(top, bottom - side + 1))
-    crop = _photograph(file).crop((x, y, x + side, y + side)).resize((size, size), Image.Resampling.BICUBIC)
-    grey = np.rot90(np.asarray(crop, dtype=np.float64), random.integers(4))
-    grey = (grey - grey.mean()) * random.uniform(0.5, 1.5) + random.uniform(70, 186)
-    return np.repeat(np.clip(np.rint(grey), 0, 255).astype(np.uint8)[None], 3, axis=0)
-
-
-@cache
-def _photograph(file: str) -> Image.Image:
-    with resources.as_file(resources.files("skimage") / "data" / file) as path, Image.open(path) as image:
-        return image.convert("L")
-
-
-def _count(random: np.random.Generator, part: int, number: int, size: int) -> np.ndarray:
-    """From 1 to 4 shapes; kind, size, angle, colour and place vary."""
-    scene = _Scene(random, size)
-    for cell in random.permutation(9)[: number % 4 + 1]:  # of a 3 x 3 grid: shapes do not touch
-        x, y = (np.array(divmod(cell, 3)) + random.uniform(0.4, 0.6, 2)) / 3
-        radius, angle = random.uniform(0.1, 0.14), random.uniform(0, math.tau)
-        kind = random.choice(["disc", "square", "triangle"])
-        scene.draw(kind, x, y, radius, angle, scene.contrasting(random))
-    return scene.pixels()
-
-
-def _position(random: np.random.Generator, part: int, number: int, size: int) -> np.ndarray:
-    """The cell of a 3 x 3 grid that holds the centre of a bright shape; kind, size and angle vary."""
-    scene = _Scene(random, size, low=50, high=90)
-    y, x = (np.array(divmod(number % 9, 3)) + random.uniform(0, 1, 2)) / 3
-    radius, angle = random.uniform(0.2, 0.45), random.uniform(0, math.tau)
-    kind = random.choice(["disc", "square", "triangle", "cross"])
-    scene.draw(kind, x, y, radius, angle, random.uniform(160, 240, 3))
-    return scene.pixels()
-
-
-def _orientation(random: np.random.Generator, part: int, number: int, size: int) -> np.ndarray:
-    """The direction of a bar in steps of 30 degrees, give or take 9; length, colour and place vary."""
-    scene = _Scene(random, size)
-    x, y = random.uniform(0.3, 0.7, 2)
-    angle = (number % 6 + random.uniform(-0.3, 0.3)) * math.pi / 6
-    scene.draw("bar", x, y, random.uniform(0.3, 0.45), angle, scene.contrasting(random))
-    return scene.pixels()
-
-
-def _color_shape(random: np.random.Generator, part: int, number: int, size: int) -> np.ndarray:
-    """The conjunction of a shape's colour and kind; shade, size, angle and place vary."""
-    scene = _Scene(random, size)
-    x, y = random.uniform(0.3, 0.7, 2)
-    colour, kind = divmod(number % 9, 3)
-    shade = list(_COLOURS.values())[colour] + random.uniform(-30, 30, 3)
-    scene.draw(_KINDS[kind], x, y, random.uniform(0.22, 0.3), random.uniform(0, math.tau), shade)
-    return scene.pixels()
-
-
-_DRAWINGS = {  # the classes, and what draws an image
-    "digits": (tuple("0123456789"), _digit),
-    "textures": (tuple(_PHOTOGRAPHS), _texture),
-    "count": (tuple("1234"), _count),
-    "position": (tuple(f"{row} {column}" for row in _ROWS for column in _COLUMNS), _position),
-    "orientation": (tuple(f"{degrees} degrees" for degrees in range(0, 180, 30)), _orientation),
-    "color_shape": (tuple(f"{colour} {kind}" for colour in _COLOURS for kind in _KINDS), _color_shape),
-}
-EMBEDDED = tuple(_DRAWINGS)
-
-
-def _embedded(name: str, size: int) -> Task:
-    _check_size(size)
-    classes, draw = _DRAWINGS[name]
-
-    def images(part: int) -> Images:
-        random = np.random.Generator(np.random.PCG64([part, *name.encode()]))
-        pixels = np.stack([draw(random, part, number, size) for number in range(_NUM_IMAGES)])
-        return Images(torch.from_numpy(pixels), torch.arange(_NUM_IMAGES) % len(classes))
-
-    return Task(name, classes, images(0), images(1), f"drawn at {size} px")
