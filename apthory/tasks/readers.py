@@ -1,31 +1,22 @@
-"""Tasks from a folder, from Parquet files and from the hub.
+"""Tasks by name, from a folder, from Parquet files and from the hub: which images there are, of which classes."""
 
-Images are decoded once and kept as uint8, always in the same way: EXIF orientation applied, greyscale as
-three equal channels (deeper than 8 bits: scaled by its bit depth), transparency composed on white, the
-shorter side resized (bicubic, antialiased), the centre cropped. Nothing is random; a split records indices.
-"""
-
-import io
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
-from tqdm.auto import tqdm
+from jaxtyping import Int64
 
+from apthory.tasks.decoding import Part, Stamp, check_unchanged, make_task
 from apthory.tasks.embedded import EMBEDDED, draw
-from apthory.tasks.task import Images, Task, check_size, sha256, some
+from apthory.tasks.task import Task, sha256, some
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _TEST_NAMES = ("test", "val", "validation")  # the first that exists is the test part
-_BITS_PER_SAMPLE = 258  # TIFF tag
+_ROWS = 64  # of a Parquet file that are read at once
 
 
 def load(name: str, size: int, data: str | Path | None = None) -> Task:
@@ -61,14 +52,6 @@ def load(name: str, size: int, data: str | Path | None = None) -> Task:
         there = ", ".join(found) or "no folder with train-*.parquet"
         raise ValueError(f"no task {name!r} in the data folder {str(folder)!r}, which has: {there}. {known}")
     return from_parquet(Path(folder) / name, size)
-
-
-class _Part(NamedTuple):
-    """Train or test part before decoding; `fetch(index)` gives a mapping with "bytes" or else "path"."""
-
-    name: str
-    labels: Sequence[Any]
-    fetch: Callable[[int], Mapping[str, Any]]
 
 
 def from_folder(path: str | Path, size: int) -> Task:
@@ -108,10 +91,14 @@ def from_folder(path: str | Path, size: int) -> Task:
         )
     classes, parts = tuple(train), []
     for part, by_class in (("train", train), ("test", test)):
-        images = [{"bytes": None, "path": str(file)} for files in by_class.values() for file in files]
+        images = {os.path.abspath(file): Stamp.of(file.stat()) for files in by_class.values() for file in files}
         labels = [classes.index(name) for name, files in by_class.items() for _ in files]
-        parts.append(_Part(part, labels, images.__getitem__))
-    return _task(root.resolve().name, classes, parts, size, how)
+        parts.append(Part(part, labels, partial(_named, list(images)), images))
+    return make_task(root.resolve().name, classes, parts, size, how)
+
+
+def _named(files: Sequence[str], indices: Sequence[int]) -> Iterator[Mapping[str, Any]]:
+    return ({"bytes": None, "path": files[index]} for index in indices)
 
 
 def _files_by_class(folder: Path) -> dict[str, list[Path]]:
@@ -152,29 +139,75 @@ def from_parquet(
     import pyarrow.parquet as pq
 
     where = {column: [keep] if isinstance(keep, str) else list(keep) for column, keep in (where or {}).items()}
-    filters = [(column, "in", keep) for column, keep in where.items()] or None
     parts, names = [], []
     for part in ("train", "test"):
         files = sorted(Path(path).glob(f"{part}-*.parquet"))
         if not files:
             raise ValueError(f"no file {Path(path) / part}-*.parquet; a task needs train and test files")
+        stamps = {os.path.abspath(file): Stamp.of(file.stat()) for file in files}
         _check_columns(files[0].name, (image, label, *where), pq.read_schema(files[0]).names)
+        table = pq.read_table(files, columns=list({label: None, **where}))  # the images stay where they are
+        is_kept = np.ones(len(table), dtype=bool)
         for column, keep in where.items():
-            there = pq.read_table(files, columns=[column])[column].unique().to_pylist()
+            there = table[column].unique().to_pylist()
             if absent := [value for value in keep if value not in there]:
                 raise ValueError(f"no {part} row with {column} {some(absent)}; there are {some(there)}")
-        table = pq.read_table(files, columns=[image, label], filters=filters)
-        parts.append(_Part(part, table[label].to_pylist(), partial(_row, table[image])))
+            is_kept &= [value in keep for value in table[column].to_pylist()]
+        [rows] = is_kept.nonzero()
+        sizes = [pq.read_metadata(file).num_rows for file in files]
+        encoded = partial(_stored, stamps, sizes, image, rows)
+        parts.append(Part(part, table[label].take(rows).to_pylist(), encoded, stamps))
         info = json.loads((table.schema.metadata or {}).get(b"huggingface", "{}"))  # where `datasets` puts names
         names.append(info.get("info", {}).get("features", {}).get(label, {}).get("names"))
     if names[0] != names[1]:
         raise ValueError(f"train and test in {str(path)!r} name their classes differently: {names[0]}, {names[1]}")
     chosen = "".join(f"[{column}={'|'.join(map(str, keep))}]" for column, keep in where.items())
-    return _task(Path(path).resolve().name + chosen, names[0], parts, size)
+    options = {"image": image, "label": label, "where": repr(where)}
+    return make_task(Path(path).resolve().name + chosen, names[0], parts, size, options=options)
 
 
-def _row(column: Any, index: int) -> Mapping[str, Any]:
-    return column[index].as_py()
+def _stored(
+    files: Mapping[str, Stamp],
+    sizes: Sequence[int],
+    column: str,
+    rows: Int64[np.ndarray, " image"],
+    indices: Sequence[int],
+) -> Iterator[Mapping[str, Any] | None]:
+    """Read encoded images from Parquet files, a few at a time; groups of rows without any that is wanted are skipped.
+
+    Args:
+        files: In the order of their rows.
+        sizes: Numbers of their rows.
+        column: Of the encoded images.
+        rows: For each image of the part, its row in all files together, ascending.
+        indices: The images that are wanted, ascending.
+    """
+    import pyarrow.parquet as pq
+
+    wanted, end = rows[list(indices)], 0
+    for (path, stamp), size in zip(files.items(), sizes, strict=True):
+        end, start = end + size, end
+        in_file, wanted = _cut(wanted, end)
+        if not len(in_file):
+            continue
+        check_unchanged(path, stamp, Stamp.of(os.stat(path)) if os.path.exists(path) else None)
+        # Page by page: with pre_buffer, or without a buffer of its own, all images of a group would be in memory.
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
+            for group in range(file.num_row_groups):
+                row, start = start, start + file.metadata.row_group(group).num_rows
+                in_group, in_file = _cut(in_file, start)
+                for batch in file.iter_batches(_ROWS, [group], [column]) if len(in_group) else ():
+                    in_batch, in_group = _cut(in_group, row + len(batch))
+                    yield from (batch.column(0)[number].as_py() for number in (in_batch - row).tolist())
+                    row += len(batch)
+                    if not len(in_group):
+                        break
+
+
+def _cut(rows: Int64[np.ndarray, " row"], end: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ascending rows before `end`, and those from there on."""
+    number = int(np.searchsorted(rows, end))
+    return rows[:number], rows[number:]
 
 
 def from_hub(
@@ -216,77 +249,20 @@ def from_hub(
     test = test or next((name for name in _TEST_NAMES if name in found), "test")
     if missing := [name for name in (train, test) if name not in found]:
         raise ValueError(f"{identifier!r} has no split {some(missing)}; name them by train=, test=: {list(found)}")
-    parts, names = [], None
+    parts, names, fingerprints = [], None, []
     for part, name in (("train", train), ("test", test)):
         _check_columns(identifier, (image, label), found[name].column_names)
         rows = found[name].select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
         names = getattr(rows.features[label], "names", None)
-        parts.append(_Part(part, list(rows[label]), rows[image].__getitem__))
-    return _task(identifier, names, parts, size)
+        parts.append(Part(part, list(rows[label]), partial(_listed, rows.select_columns([image]), image)))
+        fingerprints.append(rows._fingerprint)  # changes with the data
+    return make_task(identifier, names, parts, size, options={"fingerprints": fingerprints})
+
+
+def _listed(rows: Any, column: str, indices: Sequence[int]) -> Iterator[Mapping[str, Any]]:
+    return (rows[index][column] for index in indices)
 
 
 def _check_columns(name: str, wanted: Sequence[str], there: Sequence[str]) -> None:
     if missing := [column for column in wanted if column not in there]:
         raise ValueError(f"{name} has no column {some(missing)}; it has {some(there)}")
-
-
-def _task(name: str, classes: Sequence[str] | None, parts: Sequence[_Part], size: int, how: str = "") -> Task:
-    """Decode all parts into one tensor; without names, the classes are the sorted values of the labels."""
-    check_size(size)
-    rows = [(part, index) for part in parts for index in range(len(part.labels))]
-    labels = [label for part in parts for label in part.labels]
-    if None in labels:
-        raise ValueError(f"{labels.count(None)} of {len(labels)} images of {name!r} have no label; remove them")
-    if classes is None:
-        values = sorted(set(labels))
-        classes, labels = [str(value) for value in values], [values.index(label) for label in labels]
-    pixels = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
-    target = pixels.numpy()
-
-    def decode(row: int) -> tuple[str, str]:  # the encoding, or what went wrong
-        part, index = rows[row]
-        place = f"{part.name} row {index}"
-        try:
-            source = part.fetch(index)
-            place = source["path"] or place
-            with Image.open(source["path"] if source["bytes"] is None else io.BytesIO(source["bytes"])) as image:
-                target[row] = _pixels(image, size)
-                return image.format.lower(), ""
-        except UnidentifiedImageError:
-            return "", f"{place} (not an image, or of an unknown format)"
-        except Exception as error:  # noqa: BLE001 - of many kinds; raised below, for all images at once
-            return "", f"{place} ({error})"
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # PIL decodes outside the GIL
-        results = list(tqdm(pool.map(decode, range(len(rows))), name, len(rows), disable=len(rows) <= 5000))
-    if failures := [failure for _, failure in results if failure]:
-        more = ", ..." if len(failures) > 5 else ""
-        raise ValueError(
-            f"{len(failures)} of {len(rows)} images cannot be read: {', '.join(failures[:5])}{more}; "
-            "remove or replace them"
-        )
-    indices, cut = torch.tensor(labels, dtype=torch.int64), len(parts[0].labels)
-    encoding = "/".join(sorted({encoding for encoding, _ in results}))
-    transform = f"{encoding}, resize {size} (bicubic, shorter side), centre crop {size}{how}"
-    train, test = (Images(pixels[part], indices[part]) for part in (slice(cut), slice(cut, None)))
-    return Task(name, tuple(classes), train, test, transform)
-
-
-def _pixels(image: Image.Image, size: int) -> UInt8[np.ndarray, "channel height width"]:
-    """Pixels of an opened image, made as the module's docstring says."""
-    bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]  # 16 in all formats but TIFF
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels, which have no bit depth")
-    if image.mode.startswith("I"):  # PIL's own conversion clips at 255
-        values, top = np.asarray(image).astype(np.int64), 2**bits - 1
-        if values.min() < 0 or values.max() > top:
-            raise ValueError(f"values from {values.min()} to {values.max()} do not fit {bits} bits")
-        image = Image.fromarray(((values * 255 + top // 2) // top).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    width, height = (size * side // min(image.size) for side in image.size)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)

@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -13,24 +13,88 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@runtime_checkable
+class Source(Protocol):
+    """Images that are decoded when they are asked for, always to the same pixels."""
+
+    shape: tuple[int, int, int, int]  # images, channels, height and width
+
+    def read(self, indices: Sequence[int]) -> Iterator[UInt8[np.ndarray, "channel height width"]]:
+        """Decode the images at ascending indices, one after the other."""
+
+
 class Images:
-    """Labelled images: RGB pixels from 0 to 255, and for each image the index of its class."""
+    """Labelled images: RGB values from 0 to 255, and for each image the index of its class.
 
-    pixels: UInt8[Tensor, "image channel height width"]
-    labels: Int64[Tensor, " image"]
+    Images of a `Source` are decoded when their pixels are first looked at, and then kept: memory grows with the
+    images that are used, not with those there are. ``images[index]`` gives the pixels of some, where the index is
+    what a tensor takes (a number, a slice, a list or tensor of indices, a mask); iterating gives one image after the
+    other and keeps none.
 
-    def __post_init__(self):
-        if len(self.pixels) != len(self.labels):
-            raise ValueError(f"{len(self.pixels)} images and {len(self.labels)} labels; expected one label each")
-        if self.pixels.shape[1] != 3:
-            raise ValueError(f"images of {self.pixels.shape[1]} channels; expected 3 (red, green, blue)")
+    Args:
+        pixels: The decoded images, or where to decode them from.
+        labels: From 0 up.
+
+    Raises:
+        ValueError: If there is not one label for each image, or images do not have three channels.
+    """
+
+    def __init__(self, pixels: UInt8[Tensor, "image channel height width"] | Source, labels: Int64[Tensor, " image"]):
+        self.labels = labels
+        self.shape: tuple[int, ...] = tuple(pixels.shape)  # images, channels, height and width
+        if self.shape[0] != len(labels):
+            raise ValueError(f"{self.shape[0]} images and {len(labels)} labels; expected one label each")
+        if self.shape[1] != 3:
+            raise ValueError(f"images of {self.shape[1]} channels; expected 3 (red, green, blue)")
+        self._all: Tensor | None = pixels if isinstance(pixels, Tensor) else None
+        self._source: Source | None = None if isinstance(pixels, Tensor) else pixels
+        self._some: dict[int, np.ndarray] = {}  # the pixels of images decoded so far, while they are not all there
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return self.shape[0]
 
     def __repr__(self) -> str:
-        return f"Images({len(self)} of {' x '.join(map(str, self.pixels.shape[1:]))})"
+        return f"Images({len(self)} of {' x '.join(map(str, self.shape[1:]))})"
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> UInt8[Tensor, "*batch channel height width"]:
+        if self._all is not None:
+            return self._all[index]
+        chosen = torch.arange(len(self))[index]
+        rows = chosen.flatten().tolist()
+        self.decode(rows)
+        pixels = np.empty((len(rows), *self.shape[1:]), dtype=np.uint8)
+        for place, row in enumerate(rows):
+            pixels[place] = self._some[row]
+        return torch.from_numpy(pixels).reshape(*chosen.shape, *self.shape[1:])
+
+    def __iter__(self) -> Iterator[UInt8[Tensor, "channel height width"]]:
+        return map(torch.from_numpy, self._source.read(range(len(self)))) if self._all is None else iter(self._all)
+
+    @property
+    def pixels(self) -> UInt8[Tensor, "image channel height width"]:
+        """All images at once; those that are not decoded yet are decoded now."""
+        if self._all is None:
+            pixels = np.empty(self.shape, dtype=np.uint8)
+            missing = [row for row in range(len(self)) if row not in self._some]
+            for row, image in zip(missing, self._source.read(missing), strict=True):
+                pixels[row] = image
+            while self._some:  # one by one, so that no image is held twice
+                row, image = self._some.popitem()
+                pixels[row] = image
+            self._all, self._source = torch.from_numpy(pixels), None
+        return self._all
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that decoded images take."""
+        return sum(image.nbytes for image in self._some.values()) if self._all is None else self._all.nbytes
+
+    def decode(self, indices: Sequence[int]) -> None:
+        """Decode and keep these images, in one pass over their files: quickest before a random order of batches."""
+        if self._all is None:
+            missing = sorted(set(indices) - self._some.keys())
+            for row, image in zip(missing, self._source.read(missing), strict=True):
+                self._some[row] = image
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +136,8 @@ class Task:
             raise ValueError(f"{here} has the classes {list(self.classes)}; at least two are needed to classify")
         if len(set(self.classes)) <= last:
             raise ValueError(f"{here} names a class twice: {list(self.classes)}")
-        if (shape := self.train.pixels.shape[1:]) != (other := self.test.pixels.shape[1:]):
-            raise ValueError(f"{here} has train images of shape {tuple(shape)} but test images of {tuple(other)}")
+        if (shape := self.train.shape[1:]) != (other := self.test.shape[1:]):
+            raise ValueError(f"{here} has train images of shape {shape} but test images of {other}")
         for part, images in (("train", self.train), ("test", self.test)):
             if not len(images):
                 raise ValueError(f"{here} has no {part} images")
@@ -87,15 +151,20 @@ class Task:
             raise ValueError(f"{here} has no training image of {missing}; add some or remove the class")
 
     def __repr__(self) -> str:
-        side = self.train.pixels.shape[-1]
-        images = f"{len(self.train)} train and {len(self.test)} test images of {side} px"
+        images = f"{len(self.train)} train and {len(self.test)} test images of {self.train.shape[-1]} px"
         return f"Task({self.name!r}, {len(self.classes)} classes ({some(self.classes)}), {images})"
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of pixels, labels and class names, in hex."""
-        arrays = (part.numpy() for images in (self.train, self.test) for part in (images.pixels, images.labels))
-        return sha256(json.dumps(self.classes).encode(), *arrays)
+        """SHA-256 of class names, pixels and labels, in hex. What has to be decoded for it is not kept."""
+        digest = hashlib.sha256(json.dumps(self.classes).encode())
+        for images in (self.train, self.test):
+            digest.update(_header(np.dtype(np.uint8), images.shape))
+            for pixels in images:
+                digest.update(np.ascontiguousarray(pixels.numpy()).data)
+            labels = images.labels.numpy()
+            digest.update(_header(labels.dtype, labels.shape) + labels.tobytes())
+        return digest.hexdigest()
 
     def split(
         self,
@@ -169,6 +238,11 @@ def sha256(*items: bytes | np.ndarray) -> str:
         if isinstance(item, bytes):
             digest.update(item)
         else:
-            digest.update(f"{item.dtype.str}{item.shape}".encode())
+            digest.update(_header(item.dtype, item.shape))
             digest.update(np.ascontiguousarray(item).data)
     return digest.hexdigest()
+
+
+def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    """What is hashed before an array's bytes, so that arrays of other types and shapes do not hash alike."""
+    return f"{dtype.str}{shape}".encode()
