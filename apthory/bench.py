@@ -180,8 +180,8 @@ class _Customary:
         self.task, self.recipe = task, recipe
         self.split = task.split(0, recipe.num_train, recipe.num_validation, recipe.num_test)
         self.files = {
-            "train": [_encode(pixels) for pixels in task.train.pixels],
-            "test": [_encode(pixels) for pixels in task.test.pixels],
+            "train": [_encode(pixels) for pixels in task.train],
+            "test": [_encode(pixels) for pixels in task.test],
         }
 
     def epoch_seconds(self, site: str) -> float:

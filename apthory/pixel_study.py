@@ -198,7 +198,7 @@ def run_shifted(
         if other.classes != data.classes:
             raise ValueError(f"{other.name} and {data.name} differ in classes; a shift keeps them")
         test = other.split(0, how.num_train, how.num_validation, how.num_test).test
-        images = Images(other.test.pixels[test], other.test.labels[test])
+        images = Images(other.test[test], other.test.labels[test])
         if "corruption" in shift:
             images = corrupted(images, shift["corruption"], shift["strength"])
         every = replace(fits[0].split, test=torch.arange(len(images)))

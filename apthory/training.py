@@ -193,7 +193,7 @@ def check_ready(backbone: nn.Module, task: Task) -> None:
         raise ValueError(f"expected a backbone (a module), then a task of load_task; got {given}")
     if backbone.training or any(parameter.requires_grad for parameter in backbone.parameters()):
         raise ValueError("the backbone is in train mode or its weights want gradients; call backbones.freeze(model)")
-    side, expected = task.train.pixels.shape[-1], backbones.input_size(backbone)
+    side, expected = task.train.shape[-1], backbones.input_size(backbone)
     if side != expected:
         raise ValueError(
             f"the task's images are {side} pixels wide, the backbone takes {expected}; load the task with "
@@ -501,10 +501,11 @@ class Bundle:
 
     def _make_source(self, cache: "PrefixCache | None") -> tuple[_Source, int]:
         arguments = (self.backbone, self.body.prefix, self.task.train)
+        wanted = torch.cat([torch.cat([split.train, split.validation]) for split in self.splits])
         if not self.recipe.cache:
+            self.task.train.decode(wanted.tolist())  # from front to back: batches will want them in random order
             return partial(run_prefix, *arguments, self.recipe.precision), 0
         cache = PrefixCache() if cache is None else cache
-        wanted = torch.cat([torch.cat([split.train, split.validation]) for split in self.splits])
         cache.extend(*arguments, wanted, self.recipe.precision)
         return cache.get, cache.num_bytes
 
@@ -750,7 +751,7 @@ def normalized(
     """Normalized images on the backbone's device, in the memory layout of its weights."""
     weight = next(backbone.parameters())
     mean, std = (value.to(weight.device) for value in backbones.mean_std(backbone))
-    pixels = images.pixels[indices].to(weight.device)
+    pixels = images[indices].to(weight.device)
     x = (pixels.to(weight.dtype) / 255 - mean) / std
     return x.contiguous(memory_format=torch.channels_last) if backbones.is_channels_last(backbone) else x
 

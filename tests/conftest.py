@@ -37,6 +37,14 @@ def _threads() -> None:
     torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is remembered about tasks stays in a folder of this run, away from the user's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("APTHORY_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 # What a library must leave as it found it: how to read it, and how to set it back.
 _PROCESS = {
     "default dtype": (torch.get_default_dtype, torch.set_default_dtype),

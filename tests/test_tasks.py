@@ -19,6 +19,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from apthory import tasks
+from apthory.tasks import embedded
 
 SIZE = 16
 COLOURS = {"blue": (20, 40, 230), "green": (30, 200, 40), "red": (250, 10, 10)}
@@ -691,8 +692,8 @@ def test_a_drawn_task_is_the_same_at_every_size(name):
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_texture_crops_of_a_part_read_their_own_half_of_each_photograph(part, monkeypatch):
     """Replacing the other half of every photograph by noise changes nothing; replacing this half does."""
-    boxes = dict(tasks._PHOTOGRAPHS.values())
-    original = tasks._photograph
+    boxes = dict(embedded._PHOTOGRAPHS.values())
+    original = embedded._photograph
     before = tasks.load("textures", 24)
 
     def spoil(half: int) -> tasks.Task:
@@ -705,7 +706,7 @@ def test_texture_crops_of_a_part_read_their_own_half_of_each_photograph(part, mo
             return Image.fromarray(pixels)
 
         with monkeypatch.context() as patch:
-            patch.setattr(tasks, "_photograph", spoiled)
+            patch.setattr(embedded, "_photograph", spoiled)
             return tasks.load("textures", 24)
 
     own, other = (0, 1) if part == "train" else (1, 0)
@@ -715,8 +716,8 @@ def test_texture_crops_of_a_part_read_their_own_half_of_each_photograph(part, mo
 
 
 def test_a_crop_fits_into_half_of_each_box():
-    for file, (left, top, right, bottom) in tasks._PHOTOGRAPHS.values():
-        width, height = tasks._photograph(file).size
+    for file, (left, top, right, bottom) in embedded._PHOTOGRAPHS.values():
+        width, height = embedded._photograph(file).size
         assert 0 <= left < right <= width
         assert 0 <= top < bottom <= height
         assert min((right - left) // 2, bottom - top) >= 64
@@ -727,7 +728,7 @@ def test_digits_of_train_and_test_come_from_different_halves_of_the_file():
 
     images = np.rint(load_digits().images * (255 / 16)).astype(np.uint8)
     for digit in range(10):
-        parts = [tasks._handwriting(part, digit) for part in (0, 1)]
+        parts = [embedded._handwriting(part, digit) for part in (0, 1)]
         assert min(map(len, parts)) >= 50
         places = [[(images == image).all((1, 2)).argmax() for image in part] for part in parts]
         assert max(places[0]) < len(images) / 2 <= min(places[1])
@@ -735,7 +736,7 @@ def test_digits_of_train_and_test_come_from_different_halves_of_the_file():
 
 def test_the_angle_of_a_drawn_bar_is_its_label():
     """Independent of the drawing: the principal axis of the pixels that differ from the background."""
-    scene = tasks._Scene(np.random.default_rng(0), 64)
+    scene = embedded._Scene(np.random.default_rng(0), 64)
     for degrees in range(0, 180, 30):
         cover = np.zeros((64, 64, 3))
         scene.canvas = cover

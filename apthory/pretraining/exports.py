@@ -96,8 +96,8 @@ def first_classes(task: Task, count: int | None) -> Task:
         return task
     if count > len(task.classes):
         raise ValueError(f"num_classes={count}, but {task.name!r} has {len(task.classes)}")
-    parts = [(part.pixels, part.labels, part.labels < count) for part in (task.train, task.test)]
-    train, test = (Images(pixels[chosen], labels[chosen]) for pixels, labels, chosen in parts)
+    parts = [(part, part.labels < count) for part in (task.train, task.test)]
+    train, test = (Images(part[chosen], part.labels[chosen]) for part, chosen in parts)
     return replace(task, name=f"{task.name}[:{count}]", classes=task.classes[:count], train=train, test=test)
 
 
@@ -109,8 +109,8 @@ def evaluate(
     model.eval()
     mean, std = mean_std(model)
     total = torch.zeros(2, device=mean.device)
-    for part in index.to(images.pixels.device).split(512):
-        pixels, labels = (values[part].to(mean.device) for values in (images.pixels, images.labels))
+    for part in index.to(images.labels.device).split(512):
+        pixels, labels = (values[part].to(mean.device) for values in (images, images.labels))
         with torch.autocast(mean.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             logits = model(normalized(pixels, mean, std)).float()
         right = (logits.argmax(1) == labels).sum()

@@ -1,0 +1,14 @@
+"""Image classification tasks: embedded, from a folder, from Parquet files, from the hub.
+
+The first time that a task is loaded, each of its images is decoded once: that finds those that cannot be read and gives
+the task's digest, which is remembered (see `remembered`). Otherwise only images that are used are decoded.
+"""
+
+from apthory.tasks.embedded import EMBEDDED
+from apthory.tasks.readers import IMAGE_SUFFIXES, from_folder, from_hub, from_parquet, load
+from apthory.tasks.task import Images, Split, Task
+
+__all__ = [
+    "load", "EMBEDDED", "from_folder", "from_parquet", "from_hub", "IMAGE_SUFFIXES",
+    "Task", "Images", "Split",
+]  # fmt: skip
