@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 __all__ = [
     "load_backbone", "load_classifier", "load_clip", "load_task",
-    "list_sites", "resolve", "capture", "edited", "split",
+    "list_sites", "resolve", "capture", "edited", "split", "normalize",
     "ActivationPrompt", "PromptedBackbone", "save_prompt", "load_prompt",
     "ActivationPrompting", "NormTuning", "LinearProbe", "FullFineTuning", "FixedPrompt", "VP", "EVP", "AdaViPro",
     "LinearHead", "LabelMapping", "TextHead",
@@ -16,37 +16,41 @@ __all__ = [
 if TYPE_CHECKING:
     from apthory.backbones import classifier as load_classifier
     from apthory.backbones import load as load_backbone
+    from apthory.backbones import normalize
     from apthory.clip import load as load_clip
     from apthory.equivalence import diagnose, fold
     from apthory.heads import LabelMapping, LinearHead, TextHead
     from apthory.methods import (
         EVP,
         VP,
+        ActivationPrompt,
         ActivationPrompting,
         AdaViPro,
         FixedPrompt,
         FullFineTuning,
         LinearProbe,
         NormTuning,
+        PromptedBackbone,
     )
-    from apthory.profiles import layer_profile
-    from apthory.prompts import ActivationPrompt, PromptedBackbone
-    from apthory.prompts import load as load_prompt
-    from apthory.prompts import save as save_prompt
-    from apthory.ranking import rank_sites
-    from apthory.selection import find_site
+    from apthory.methods.files import load as load_prompt
+    from apthory.methods.files import save as save_prompt
+    from apthory.metrics import layer_profile
+    from apthory.selection import find_site, rank_sites
     from apthory.sites import capture, edited, list_sites, resolve, split
     from apthory.tasks import load as load_task
     from apthory.training import Configuration, Recipe, evaluate, fit, tune
 else:  # the same names, each from its module when it is first used: torch and timm take seconds to import
     from importlib import import_module
 
+    from apthory._tools import moved
+
     _DEFINED_IN = {
-        "backbones": ("load_backbone", "load_classifier"),
+        "backbones": ("load_backbone", "load_classifier", "normalize"),
         "clip": ("load_clip",),
         "equivalence": ("diagnose", "fold"),
         "heads": ("LabelMapping", "LinearHead", "TextHead"),
         "methods": (
+            "ActivationPrompt",
             "ActivationPrompting",
             "AdaViPro",
             "EVP",
@@ -54,12 +58,12 @@ else:  # the same names, each from its module when it is first used: torch and t
             "FullFineTuning",
             "LinearProbe",
             "NormTuning",
+            "PromptedBackbone",
             "VP",
         ),
-        "profiles": ("layer_profile",),
-        "prompts": ("ActivationPrompt", "PromptedBackbone", "load_prompt", "save_prompt"),
-        "ranking": ("rank_sites",),
-        "selection": ("find_site",),
+        "methods.files": ("load_prompt", "save_prompt"),
+        "metrics": ("layer_profile",),
+        "selection": ("find_site", "rank_sites"),
         "sites": ("capture", "edited", "list_sites", "resolve", "split"),
         "tasks": ("load_task",),
         "training": ("Configuration", "Recipe", "evaluate", "fit", "tune"),
@@ -72,9 +76,10 @@ else:  # the same names, each from its module when it is first used: torch and t
         "load_task": "load",
         "save_prompt": "save",
     }
+    moved.install()
 
     def __getattr__(name):
-        if name in _DEFINED_IN:
+        if name in _DEFINED_IN or name in moved.MODULES:
             return import_module(f"{__name__}.{name}")
         for module, names in _DEFINED_IN.items():
             if name in names:
@@ -83,4 +88,4 @@ else:  # the same names, each from its module when it is first used: torch and t
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__():
-        return sorted({*globals(), *__all__, *_DEFINED_IN})
+        return sorted({*globals(), *__all__, *(name for name in _DEFINED_IN if "." not in name)})

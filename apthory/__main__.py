@@ -1,10 +1,11 @@
-"""The command `apthory`: run the notebooks, check what they left, cite."""
+"""The command `apthory`: every command's arguments and what it prints; the work is done elsewhere."""
 
 import ast
-import importlib
 import os
 import random
 from collections import Counter
+from contextlib import nullcontext
+from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +30,7 @@ class _Commands(TyperGroup):
 app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.callback(help=__doc__)
+@app.callback(help="Run notebooks and studies, check what they left, rank the layers of a model of your own.")
 def _options(
     debug: Annotated[
         bool, typer.Option("--debug", envvar="APTHORY_DEBUG", help="Show the traceback of an error.")
@@ -50,7 +51,7 @@ def run(
     timeout: Annotated[int | None, typer.Option(help="Seconds after which a cell is stopped.")] = None,
 ) -> None:
     """Execute notebooks; records make an interrupted run resume."""
-    from apthory import notebooks
+    from apthory.lab import notebooks
 
     if data is not None:
         if not data.is_dir():
@@ -76,7 +77,7 @@ def check(
 
     A claim is printed with what it says, how it is measured, and its verdicts; a figure with what it was made from.
     """
-    from apthory import notebooks, records
+    from apthory.lab import claims, notebooks, records
 
     if not any((records.root() / name).is_dir() for name in ("notebooks", "figures")):
         raise FileNotFoundError(
@@ -84,7 +85,7 @@ def check(
         )
     found = []
     if names:
-        table = notebooks.ledger()
+        table = claims.ledger()
         for name in names:
             rows = table[(table["id"] == name) | table["id"].str.startswith(f"{name}.")]
             if len(rows):
@@ -95,7 +96,7 @@ def check(
                 near = get_close_matches(name, {*table["id"], *table["id"].str.partition(".")[0]}, cutoff=0.3)
                 raise ValueError(f"no claim and no file {name!r}; claims like it: {', '.join(sorted(near)) or 'none'}")
     else:
-        _print_ledger(notebooks.ledger())
+        _print_ledger(claims.ledger())
         found += notebooks.problems()
         if older := notebooks.older_records():
             typer.echo(f"\n{len(older)} records were made by older code (kept: their version holds):")
@@ -130,7 +131,7 @@ def cite() -> None:
     """Print BibTeX for apthory and the papers that it studies."""
     import yaml
 
-    from apthory import records
+    from apthory.lab import records
 
     path = records.root() / "CITATION.cff"
     if not path.is_file():
@@ -139,23 +140,178 @@ def cite() -> None:
     typer.echo("\n\n".join(map(_bibtex, [software, *software.get("references", ())])))
 
 
-def _later(name: str, module: str, summary: str) -> None:
-    """Register apthory.<module>.command without importing it: torch and timm take seconds."""
+@app.command()
+def sweep(
+    study: Annotated[str, typer.Argument(help="Names of studies, with commas between.")] = "S",
+    suite: Annotated[str, typer.Option(help="embedded, small or paper.")] = "small",
+    data: Annotated[str, typer.Option(help="Folder of the tasks (else APTHORY_DATA).")] = "",
+    weights: Annotated[str, typer.Option(help="Folder of weight files (else APTHORY_WEIGHTS).")] = "",
+    workers: Annotated[int, typer.Option(min=1, help="Processes of one thread each; 1 uses this process.")] = 1,
+) -> None:
+    """Run studies by name; finished cells are kept, so it can be stopped and started again."""
+    from apthory.lab import records
+    from apthory.studies import catalogue, cells, layers
 
-    @app.command(name, help=summary, add_help_option=False, context_settings={"ignore_unknown_options": True})
-    def forward(arguments: Annotated[list[str] | None, typer.Argument()] = None) -> None:
-        inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        inner.command(help=summary)(importlib.import_module(f"apthory.{module}").command)
-        inner(arguments or [], prog_name=f"apthory {name}")
+    known = catalogue.known()
+    try:
+        chosen = layers.find_studies(suite, study, known)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if data:
+        os.environ["APTHORY_DATA"] = data
+    if weights:
+        os.environ["APTHORY_WEIGHTS"] = weights
+    with cells.processes(workers) if workers > 1 else nullcontext() as pool:
+        for one in chosen.values():
+            result = catalogue.run(one, records.folder(suite), pool)
+            named = [column for column in ("part", "backbone", "method", "arm", "site") if column in result]
+            typer.echo(result.groupby(named, sort=False)["accuracy"].mean().round(1).to_string())
 
 
-_later("pretrain", "pretraining", "Train a backbone; resumes where it was interrupted.")
-_later("ship", "pretraining.cards", "Put pretrained weights into the package, each with its model card.")
-_later("sweep", "studies", "Run studies by name: prompts at every site, prompts on pixels; resumes.")
-_later("layers", "layers", "Rank the layers of a backbone on a task by one backward pass, and name the one to prompt.")
-_later("bench", "bench", "Measure training speed against the bounds, side by side.")
-_later("bench-pixels", "pixel_bench", "Time prompts on pixels beside bare passes, and a label mapping beside a run.")
-_later("bench-metrics", "metric_bench", "Race CKA and attention distance against the usual tools, side by side.")
+@app.command()
+def layers(
+    backbone: Annotated[str, typer.Option(help="vit_micro, resnet_micro, or any name that timm knows.")],
+    data: Annotated[str, typer.Option(help="Folder with train/<class>/* and test/<class>/*, or <class>/*.")] = "",
+    task: Annotated[str, typer.Option(help="Instead of a folder: a task's name, such as textures.")] = "",
+    weights: Annotated[str, typer.Option(help="Safetensors file; else shipped or timm's own.")] = "",
+    size: Annotated[int, typer.Option(help="Side of the images in pixels; the backbone's own if left out.")] = 0,
+    examples: Annotated[int, typer.Option(help="Images to score with, at most 1,000.")] = 400,
+    second_order: Annotated[int, typer.Option(help="Images for the slow scores, at most 200; 0 skips them.")] = 0,
+    score: Annotated[str, typer.Option(help="Rank by coherence, windows, gain, newton, alignment or found.")] = "found",
+    output: Annotated[str, typer.Option(help="Picture of the ranking; layers_<backbone>.png if left out.")] = "",
+) -> None:
+    """Rank the layers of a backbone on a task by one backward pass, and name the one to prompt."""
+    data = data.removeprefix("folder:")  # as `tasks.load` wants it
+    if bool(data) == bool(task):
+        raise typer.BadParameter("name either a folder of images (--data) or a task (--task)")
+    if data and not Path(data).is_dir():
+        raise typer.BadParameter(f"there is no folder {data!r}", param_hint="--data")
+    import pandas as pd
+
+    from apthory import backbones, selection, tasks
+    from apthory.studies import site_search
+
+    if score in selection.SECOND_ORDER and not second_order:
+        raise typer.BadParameter(f"{score} wants images of its own, such as --second-order 40", param_hint="--score")
+    model = backbones.load(backbone, weights=weights or None, input_size=size or None)
+    images = tasks.load(f"folder:{data}" if data else task, backbones.input_size(model))
+    table = selection.rank_sites(
+        model,
+        images,
+        score=score,
+        num_examples=examples,
+        num_second_order=second_order,
+        num_validation=0,  # nothing is trained, so nothing has to be held out
+    )
+    table.insert(1, "score", selection.SCORES[score](table))
+    shown = table.drop(columns="depth").set_index(pd.RangeIndex(1, len(table) + 1, name="rank"))
+    typer.echo(f"by the score {score!r}: {site_search.UNITS[score]}")
+    typer.echo(shown.to_string(float_format=lambda value: f"{value:.3g}"))
+    for order, cost in table.attrs["cost"].items():
+        typer.echo(
+            f"{order}: {cost['examples']} images, {cost['flops'] / 1e9:.0f} GFLOP, {cost['seconds']:.1f} seconds"
+        )
+    path = Path(output or f"layers_{backbone.replace('/', '_')}.png")
+    site_search.draw(table, score, f"{backbone} on {images.name}", path)
+    typer.echo(f"drawn in {path}")
+    typer.echo(f"prompt {table['site'][0]}")
+
+
+@app.command()
+def pretrain(
+    backbone: Annotated[str, typer.Argument(help="vit_micro, resnet_micro or any timm name.")],
+    output: Annotated[Path, typer.Option(help="Folder of the run; the same call resumes it.")],
+    task: Annotated[str, typer.Option(help="What to learn.")] = "tiny_imagenet",
+    data: Annotated[Path | None, typer.Option(help="Folder that holds the task.")] = None,
+    size: Annotated[int, typer.Option(help="Side of the images, in pixels.")] = 64,
+    num_classes: Annotated[int | None, typer.Option(help="Only the first classes.")] = None,
+    num_validation: Annotated[int, typer.Option(help="Training images held out.")] = 2000,
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 100,
+    batch_size: Annotated[int, typer.Option(help="Images of a step.")] = 256,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW, at its peak.")] = 1e-3,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW, on matrices and kernels alone.")] = 0.05,
+    warmup_epochs: Annotated[float, typer.Option(help="Epochs before the cosine.")] = 5.0,
+    max_gradient_norm: Annotated[float, typer.Option(help="Longer ones are shortened.")] = 1.0,
+    label_smoothing: Annotated[float, typer.Option(help="Of the labels; 0 is off.")] = 0.1,
+    padding: Annotated[int, typer.Option(help="Reflected pixels around the random crop.")] = 6,
+    randaugment: Annotated[int | None, typer.Option(help="Magnitude, 0 to 30; else off.")] = None,
+    mixup: Annotated[float, typer.Option(help="Alpha of the Beta distribution; 0 is off.")] = 0.0,
+    ema_decay: Annotated[float, typer.Option(help="Of the exported moving average.")] = 0.9995,
+    seed: Annotated[int, typer.Option(help="Of weights, held-out images and order.")] = 0,
+    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    after: Annotated[Path | None, typer.Option(help="Checkpoint of another run to begin with.")] = None,
+    keep: Annotated[list[int] | None, typer.Option(help="Epoch to export at the end as well; 0: the start.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Stop between epochs before this.")] = None,
+    note: Annotated[str, typer.Option(help="For the model card, for instance a licence.")] = "",
+) -> None:
+    """Train a backbone; a killed run goes on, to the bit, by the same call."""
+    given = dict(locals())
+    from apthory import pretraining
+
+    config = pretraining.Config(**{field.name: given[field.name] for field in fields(pretraining.Config)})
+    try:
+        path = pretraining.pretrain(config, output, after=after, keep=keep or (), minutes=minutes, note=note)
+    except KeyboardInterrupt as interrupt:
+        typer.echo(interrupt, err=True)
+        raise typer.Exit(130) from None
+    typer.echo(path if path.suffix == ".safetensors" else f"{path}: out of time, the same call goes on")
+
+
+@app.command()
+def ship(
+    files: Annotated[list[Path], typer.Argument(help="NAME.safetensors, NAME.epoch-0008.safetensors, ...")],
+) -> None:
+    """Put exported weights into the package, with their cards, in place of those that it has of these backbones."""
+    from apthory.pretraining import cards
+
+    for path in cards.ship(files):
+        card = cards.read(path)
+        typer.echo(f"{path.name}: top-1 {card['test']['top1']:.2%} on {card['test']['images']:,} test images")
+
+
+@app.command()
+def bench(
+    suite: Annotated[str, typer.Option(help="Where the records go.")] = "small",
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of each training.")] = 10,
+    only: Annotated[str, typer.Option(help="One of the backbones; all of them if left out.")] = "",
+) -> None:
+    """Race the cached sweep against a frozen loop and the customary one, on three backbones at 64 pixels."""
+    from apthory.benchmarks import prefix_cache
+
+    for record in prefix_cache.run(suite, epochs, only):
+        typer.echo(record["device"])
+        typer.echo(prefix_cache.summarize(record).round(2).to_string())
+
+
+@app.command()
+def bench_pixels(
+    suite: Annotated[str, typer.Option(help="Where the records go.")] = "small",
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of the run that a mapping is held against.")] = 10,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each piece of work.")] = 3,
+) -> None:
+    """Time steps of VP, EVP and AdaViPro beside bare passes; a label mapping and CLIP's text features beside a run."""
+    from apthory.benchmarks import pixels
+
+    for record in pixels.run(suite, epochs, repeats):
+        typer.echo(record["device"])
+        typer.echo(pixels.summarize(record).round(3).to_string())
+
+
+@app.command()
+def bench_metrics(
+    suite: Annotated[str, typer.Option(help="Where the record goes.")] = "small",
+    images: Annotated[int, typer.Option(help="Images in all.")] = 32,
+    batch: Annotated[int, typer.Option(help="Images in a batch.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each piece of work.")] = 3,
+    backbone: Annotated[str, typer.Option(help="A ViT of timm, with random weights.")] = "vit_base_patch16_224",
+) -> None:
+    """Race CKA against torch-cka, and attention distance against a forward pass and loops."""
+    from apthory.benchmarks import metrics
+
+    record = metrics.run(suite, backbone, images, batch, repeats)
+    typer.echo(record["device"])
+    typer.echo(metrics.summarize(record).to_string(float_format="{:.4g}".format))
 
 
 def _parse_parameter(text: str) -> tuple[str, Any]:
@@ -192,7 +348,7 @@ def _print_claim(rows: Any) -> None:
 
 
 def _check_figure(path: Path) -> list[str]:
-    from apthory import figures
+    from apthory.lab import figures
 
     try:
         typer.echo(_describe(figures.provenance(path)))
@@ -202,7 +358,7 @@ def _check_figure(path: Path) -> list[str]:
 
 
 def _describe(note: dict[str, Any]) -> str:
-    from apthory import records
+    from apthory.lab import records
 
     keys = note["records"]
     kinds = Counter(r.name for r in records.load_all(records.folder(note["suite"])) if r.key[:12] in set(keys))
@@ -212,7 +368,7 @@ def _describe(note: dict[str, Any]) -> str:
 
 
 def _recompute_one() -> list[str]:
-    from apthory import records
+    from apthory.lab import records
 
     kept = [record for suite in records.SUITES for record in records.load_all(records.folder(suite))]
     kept = [record for record in kept if not records.superseded(record)]

@@ -106,8 +106,8 @@ class CLIP:
         correct = []
         test = task.split(0, recipe.num_train, recipe.num_validation, recipe.num_test).test  # no seed changes it
         for chunk in test.split(_CHUNK):
-            with training.autocast(self.image, recipe.precision):
-                features = self.image(training.normalized(self.image, task.test, chunk))
+            with backbones.autocast(self.image, recipe.precision):
+                features = self.image(backbones.normalize(self.image, task.test[chunk]))
             correct.append(cosines(features).argmax(1).cpu() == task.test.labels[chunk])
         table = torch.cat(correct)
         return training.Evaluation(accuracy=100 * int(table.sum()) / len(table), correct=table)

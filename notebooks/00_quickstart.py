@@ -29,7 +29,8 @@ import pandas as pd
 import torch
 
 import apthory as ap
-from apthory import figures, notebooks, training
+from apthory import backbones
+from apthory.lab import claims, figures
 
 # %% [markdown]
 # ## Five lines
@@ -64,7 +65,7 @@ pd.DataFrame(
 # What the prompt adds, as its norm over channels at each position, beside what it is added to, averaged over images.
 
 # %%
-images = training.normalized(backbone, task.test, fit.split.test[:64])
+images = backbones.normalize(backbone, task.test[fit.split.test[:64]])
 activation = ap.capture(backbone, [fit.method.site], images)[fit.method.site]
 prompt = fit.prompt
 maps = {
@@ -117,7 +118,7 @@ print(f"{kilobytes:.0f} KiB; largest difference of logits after loading: {differ
 # ## Verdict
 
 # %%
-notebooks.verdict(
+claims.verdict(
     "Q-1",
     difference,
     None,

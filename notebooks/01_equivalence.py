@@ -29,7 +29,9 @@ import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 
-from apthory import equivalence, equivalence_study, figures, notebooks, records
+from apthory import equivalence
+from apthory.lab import claims, figures, records
+from apthory.studies import equivalence as equivalence_study
 
 SPECS = {
     "vit_micro": {"name": "vit_micro"},
@@ -40,8 +42,7 @@ SHIPPED = ("vit_micro", "resnet_micro")
 
 
 def fetch(function, **config):
-    sources = [equivalence.layers, equivalence.networks, equivalence.gaps]
-    return records.fetch(function, config, sources=sources, folder=records.folder(suite))
+    return records.fetch(function, config, sources=[equivalence], folder=records.folder(suite))
 
 
 # %% [markdown]
@@ -349,7 +350,7 @@ pd.DataFrame(
 # seen near 2 and 1 in trials when their thresholds were written down, so that row confirms rather than tests.
 
 # %%
-judge = notebooks.Judge(suite)
+judge = claims.Judge(suite)
 images = {"tasks": ["random images"], "seeds": [0]}
 for name, record in by_layer.items():
     exact = [row["difference"] for row in record["rows"] if row["exact"]]

@@ -24,7 +24,11 @@ import pandas as pd
 import torch
 from matplotlib.colors import ListedColormap
 
-from apthory import backbones, efficiency, figures, input_study, limits, notebooks, records, sites, statistics, training
+from apthory import backbones, equivalence, metrics, sites, training
+from apthory.costs import attention_flops, step_flops
+from apthory.lab import claims, figures, intervals, records
+from apthory.studies import costs as cost_study
+from apthory.studies import input_limits
 
 task_list = [name.strip() for name in task_names.split(",")]
 recipe = {"num_epochs": 5, "num_train": 128, "num_validation": 64, "num_test": 72}
@@ -33,7 +37,7 @@ protocol = {"recipe": recipe, "learning_rate": 4e-3, "seed": 0}
 
 def fetch(function, **config):
     """The record of a measurement."""
-    return records.fetch(function, config, sources=[limits, training], folder=records.folder(suite))
+    return records.fetch(function, config, sources=[equivalence, metrics, training], folder=records.folder(suite))
 
 
 # %% [markdown]
@@ -58,7 +62,7 @@ architectures = {
 ranks = {}
 for name, shape in architectures.items():
     spec = {"name": name, **shape, **({} if name in backbones.SHIPPED else {"pretrained": False})}
-    ranks[name] = fetch(input_study.measure_rank, backbone=spec)
+    ranks[name] = fetch(input_limits.measure_rank, backbone=spec)
 rank_table = pd.DataFrame({name: record.values for name, record in ranks.items() if "rank" in record.values}).T
 rank_table = rank_table.astype(dict.fromkeys(("rank", "dim", "pixels", "tokens", "extra_tokens"), int))
 # The mean square of a random prompt's share out of reach is 1 - rank / dim * patches / tokens.
@@ -68,7 +72,7 @@ rank_table["sigma ratio"] = rank_table["smallest"] / rank_table["largest"]
 rank_table.drop(columns=["largest", "smallest", "tolerance"]).round(4)
 
 # %% [markdown]
-# Elsewhere the statement does not hold: there is no fixed shift of the tokens, and `limits.reach` says why.
+# Elsewhere the statement does not hold: there is no fixed shift of the tokens, and `equivalence.reach` says why.
 
 # %%
 for record in ranks.values():
@@ -84,7 +88,7 @@ for record in ranks.values():
 
 # %%
 residuals = {
-    task: fetch(input_study.measure_residuals, backbone={"name": "vit_micro"}, task=task, **protocol)
+    task: fetch(input_limits.measure_residuals, backbone={"name": "vit_micro"}, task=task, **protocol)
     for task in task_list
 }
 residual_table = pd.DataFrame(
@@ -133,7 +137,7 @@ residual_table.round(3)
 
 # %%
 frames = {
-    (name, width): fetch(input_study.measure_frame, backbone=spec, width=width)
+    (name, width): fetch(input_limits.measure_frame, backbone=spec, width=width)
     for name, width, spec in (
         ("vit_micro", 8, {"name": "vit_micro"}),
         ("vit_micro", 16, {"name": "vit_micro"}),
@@ -154,7 +158,7 @@ frame_table = pd.DataFrame(
 for (name, width), record in frames.items():
     difference, elsewhere = record["difference"], record["elsewhere"]
     print(f"{name}, {width} px: largest relative difference {difference:.1e} (elsewhere {elsewhere:.2f})")
-print("224 px, frame of 30, patches of 32:", limits.frame_tokens(224, 30, 32))
+print("224 px, frame of 30, patches of 32:", equivalence.frame_tokens(224, 30, 32))
 frame_table.drop(columns=["difference", "elsewhere"])
 
 
@@ -177,7 +181,7 @@ with figures.theme(width=0.9, rows=1.05):
     figure, axes = plt.subplots(1, 3)
     rows = []
     for ax, (title, (size, width, patch)) in zip(axes, pictures.items(), strict=True):
-        kinds, counts = token_kinds(size, width, patch), limits.frame_tokens(size, width, patch)
+        kinds, counts = token_kinds(size, width, patch), equivalence.frame_tokens(size, width, patch)
         assert tuple((kinds == kind).sum() for kind in (2, 1, 0)) == counts
         ax.pcolormesh(kinds, cmap=ListedColormap([color for _, color in KINDS.values()]), edgecolors="white", lw=0.4,
                       vmin=0, vmax=2)  # fmt: skip
@@ -211,17 +215,17 @@ costs = {}
 cost_rows = []
 for name in backbones.SHIPPED:
     spec = {"name": name, "device": "cpu"}  # there attention runs unfused
-    costs[name] = fetch(efficiency.measure_sites, backbone=spec, batch_size=2, num_repeats=1)
+    costs[name] = fetch(cost_study.measure_sites, backbone=spec, batch_size=2, num_repeats=1)
     model, x = backbones.load(**spec), torch.zeros(1, 3, 64, 64)
     with torch.no_grad():
-        attention = limits.attention_flops(lambda model=model, x=x: model(x))
+        attention = attention_flops(lambda model=model, x=x: model(x))
         width = model(x).shape[1]
     for index, row in enumerate(costs[name]["sites"]):
         prefix, suffix = sites.split(model, row["site"])
         with torch.no_grad():
             crossing = prefix(x)
-            late = limits.attention_flops(lambda suffix=suffix, crossing=crossing: suffix(*crossing))
-        formula = limits.step_flops(
+            late = attention_flops(lambda suffix=suffix, crossing=crossing: suffix(*crossing))
+        formula = step_flops(
             forward=costs[name]["forward_flops"],
             suffix=row["suffix_flops"],
             attention=attention,
@@ -274,7 +278,7 @@ print(f"largest relative difference of counted from formula: {cost_table['differ
 
 # %%
 measured = {
-    (name, task): fetch(input_study.measure_universality, backbone={"name": name}, task=task, **protocol)
+    (name, task): fetch(input_limits.measure_universality, backbone={"name": name}, task=task, **protocol)
     for name in backbones.SHIPPED
     for task in task_list
 }
@@ -325,12 +329,12 @@ with figures.theme(width=1.0, rows=1.35):
 # loss is learned.
 
 # %%
-judge = notebooks.Judge(suite)
+judge = claims.Judge(suite)
 full = residual_table[residual_table["prompt"] == "full"]
 for claim, values in {"residual": full["residual"], "excess": full["residual"] - full["random_residual"]}.items():
     note = "W has full rank here: what is out of reach is the class token"
     scope = {"backbones": ["vit_micro"], "tasks": task_list, "seeds": [0], "made_from": residuals.values()}
-    judge(f"V-1.{claim}", statistics.over_tasks(values), tag="vit_micro", note=note, **scope)
+    judge(f"V-1.{claim}", intervals.over_tasks(values), tag="vit_micro", note=note, **scope)
 for name, rows in frame_table.groupby("backbone", sort=False):
     made_from = [record for (backbone, _), record in frames.items() if backbone == name]
     scope = {"backbones": [name], "tasks": ["random images"], "seeds": [0], "made_from": made_from}
@@ -346,11 +350,11 @@ for name, rows in by_task.groupby("backbone", sort=False):
     learned = rows[rows["network"] == "trained"]
     for prompt in ("trained", "random"):
         several = learned[learned["prompt"] == prompt].round({"universality": 4}).groupby("task")  # equal where it is 1
-        values = [statistics.spearman(part["depth"].to_numpy(), part["universality"].to_numpy()) for _, part in several]
-        judge(f"V-4.{prompt}", statistics.over_tasks(values), tag=name, **scope)
+        values = [intervals.spearman(part["depth"].to_numpy(), part["universality"].to_numpy()) for _, part in several]
+        judge(f"V-4.{prompt}", intervals.over_tasks(values), tag=name, **scope)
     last = rows[(rows["depth"] == 1) & (rows["prompt"] == "random")].pivot(
         index="task", columns="network", values="universality"
     )
     difference = last["trained"] - last["shuffled"]
-    judge("V-4.learned", statistics.over_tasks(difference), tag=name, **scope)
+    judge("V-4.learned", intervals.over_tasks(difference), tag=name, **scope)
 judge.table

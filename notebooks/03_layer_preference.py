@@ -34,13 +34,14 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from apthory import figures, notebooks, records, statistics, sweeps
+from apthory.lab import claims, figures, intervals, records
+from apthory.studies import cells, layers
 
-studies = sweeps.find_studies(suite, study_names)
-with sweeps.processes(num_processes) as pool:
-    cells = {name: sweeps.fetch_study(study, records.folder(suite), pool) for name, study in studies.items()}
-table = pd.concat([sweeps.table(several) for several in cells.values()], ignore_index=True)
-made_from = [record for several in cells.values() for record in several]
+studies = layers.find_studies(suite, study_names)
+with cells.processes(num_processes) as pool:
+    fetched = {name: layers.fetch_study(study, records.folder(suite), pool) for name, study in studies.items()}
+table = pd.concat([cells.table(several) for several in fetched.values()], ignore_index=True)
+made_from = [record for several in fetched.values() for record in several]
 backbones = list(table["backbone"].unique())
 
 # %%
@@ -78,7 +79,7 @@ by_site = gain_table[gain_table["method"] != "linear_probe"]
 
 summary = []
 for (backbone, method, site), rows in by_site.groupby(["backbone", "method", "site"], sort=False):
-    mean = statistics.over_tasks(rows.groupby("task")["gain"].mean())
+    mean = intervals.over_tasks(rows.groupby("task")["gain"].mean())
     depth = rows["depth"].iloc[0]
     summary.append({"backbone": backbone, "method": method, "site": site, "depth": depth, **mean.__dict__})
 summary = pd.DataFrame(summary)
@@ -115,7 +116,7 @@ with figures.theme(width=1.0, rows=1.35):
 # %%
 prompts = gain_table[gain_table["method"] == "ap"]
 apart = prompts.groupby(["backbone", "task", "site", "depth"], sort=False, as_index=False)["gain"].mean()
-chosen = {backbone: sweeps.best_sites(rows) for backbone, rows in prompts.groupby("backbone", sort=False)}
+chosen = {backbone: cells.best_sites(rows) for backbone, rows in prompts.groupby("backbone", sort=False)}
 apart["chosen_on_validation"] = [
     bool(((chosen[row.backbone]["task"] == row.task) & (chosen[row.backbone]["site"] == row.site)).any())
     for row in apart.itertuples()
@@ -158,7 +159,7 @@ with figures.theme(width=1.0, rows=1.4):
 # the last table tells what they are without them.
 
 # %%
-judge = notebooks.Judge(suite)
+judge = claims.Judge(suite)
 
 
 def judge_rows(claim, estimate, first, *others):
@@ -171,27 +172,27 @@ def judge_rows(claim, estimate, first, *others):
 for backbone in backbones:
     methods = dict(list(table[table["backbone"] == backbone].groupby("method")))
     ap, probe = methods["ap"], methods["linear_probe"]
-    best = sweeps.best_sites(ap)
+    best = cells.best_sites(ap)
 
     if "vp" in methods:
         vp, full = methods["vp"], methods["full"]
-        judge_rows("AP-1.full", statistics.paired_difference(vp, full), vp, full)
-        judge_rows("AP-1.linear", statistics.paired_difference(vp, probe), vp, probe)
-        judge_rows("AP-2.sign", statistics.paired_difference(best, vp), best, vp)
+        judge_rows("AP-1.full", intervals.paired_difference(vp, full), vp, full)
+        judge_rows("AP-1.linear", intervals.paired_difference(vp, probe), vp, probe)
+        judge_rows("AP-2.sign", intervals.paired_difference(best, vp), best, vp)
 
     claim = "AP-5b" if backbone.startswith("vit") else "AP-5a"
     place = ["task", "site", "seed"]
     norm = methods["norm"].merge(ap[place])
     beside = ap.merge(norm[place])
-    for name, statistic in (("spearman", statistics.spearman), ("thirds", statistics.deep_minus_shallow)):
-        judge_rows(f"{claim}.{name}", statistics.over_sites(ap, statistic), ap)
+    for name, statistic in (("spearman", intervals.spearman), ("thirds", intervals.deep_minus_shallow)):
+        judge_rows(f"{claim}.{name}", intervals.over_sites(ap, statistic), ap)
         if norm["site"].nunique() > 2:
-            judge_rows(f"AP-6.{name}", statistics.over_sites(beside, statistic, minus=norm), beside, norm)
+            judge_rows(f"AP-6.{name}", intervals.over_sites(beside, statistic, minus=norm), beside, norm)
 
-    judge_rows("AP-11", statistics.paired_difference(best, probe), best, probe)
+    judge_rows("AP-11", intervals.paired_difference(best, probe), best, probe)
     for control in ("site_probe", "random_prompt", "frozen_head"):
         there = methods[control].merge(ap[place])
-        difference = statistics.paired_difference(*statistics.matched(ap, there))
+        difference = intervals.paired_difference(*intervals.matched(ap, there))
         judge_rows(f"AP-c.{control}", difference, ap.merge(there[place]), there)
 
 judge.table
@@ -200,7 +201,7 @@ judge.table
 without_last = []
 for backbone in backbones:
     ap = table[(table["backbone"] == backbone) & (table["method"] == "ap") & (table["depth"] < 1)]
-    for name, statistic in (("spearman", statistics.spearman), ("thirds", statistics.deep_minus_shallow)):
-        estimate = statistics.over_sites(ap, statistic)
+    for name, statistic in (("spearman", intervals.spearman), ("thirds", intervals.deep_minus_shallow)):
+        estimate = intervals.over_sites(ap, statistic)
         without_last.append({"statistic": name, "backbone": backbone, "without the last site": str(estimate)})
 pd.DataFrame(without_last)

@@ -37,11 +37,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from apthory import backbones, figures, global_study, notebooks, records, statistics, sweeps
-from apthory.progress import progress
+from apthory import backbones
+from apthory._tools.progress import progress
+from apthory.lab import claims, figures, intervals, records
+from apthory.studies import cells, global_features, layers
 
 folder = records.folder(suite)
-studies = sweeps.find_studies(suite)
+studies = layers.find_studies(suite)
 num_images = {"embedded": 32, "small": 64}[suite]  # of a profile
 num_alike = {"embedded": 96, "small": 256}[suite]  # of a map of similarities
 num_controls = {"embedded": 1, "small": 3}[suite]  # random orders of the weights
@@ -52,8 +54,8 @@ networks = [("trained", 0), *(("shuffled", seed) for seed in range(num_controls)
 runs, wanted = [], {"measure_profile": [], "measure_attention": [], "measure_similarity": []}
 digest = backbones.digest(backbones.load(**VIT))
 for study in studies.values():
-    prompts = [cell for cell in sweeps.cells(study) if cell["method"]["name"] == "ap"]
-    runs += sweeps.fetch_all(prompts, folder)
+    prompts = [cell for cell in layers.configurations(study) if cell["method"]["name"] == "ap"]
+    runs += cells.fetch_all(prompts, folder)
     for (name, _), several in itertools.groupby(prompts, lambda cell: (cell["backbone"]["name"], cell["task"])):
         first = next(several)
         place = {key: first[key] for key in ("backbone", "task", "size")}
@@ -68,14 +70,14 @@ for study in studies.values():
             wanted["measure_similarity"].append({**place, **config})
 measured = {
     name: [
-        sweeps.fetch(config, folder, getattr(global_study, name), global_study.SOURCES)
+        cells.fetch(config, folder, getattr(global_features, name), global_features.SOURCES)
         for config in progress(configs, desc=name.removeprefix("measure_"))
     ]
     for name, configs in wanted.items()
 }
 
 # %%
-ap = sweeps.table(runs)
+ap = cells.table(runs)
 profiles = pd.DataFrame(
     {**{key: record.config[key] for key in ("task", "network", "seed", "size")}, **row}
     | {"backbone": record.config["backbone"]["name"]}
@@ -207,9 +209,9 @@ for backbone, metric in itertools.product(models, [*METRICS, "depth alone"]):
         continue
     trained, control = (ranked(backbone, metric, network) for network in ("trained", "shuffled"))
     several = {
-        "trained": statistics.over_sites(trained, statistics.spearman, num_draws=num_draws),
-        "random weights": statistics.over_sites(control, statistics.spearman, num_draws=num_draws),
-        "difference": statistics.over_sites(trained, statistics.spearman, minus=control, num_draws=num_draws),
+        "trained": intervals.over_sites(trained, intervals.spearman, num_draws=num_draws),
+        "random weights": intervals.over_sites(control, intervals.spearman, num_draws=num_draws),
+        "difference": intervals.over_sites(trained, intervals.spearman, minus=control, num_draws=num_draws),
     }
     estimates[backbone, metric] = several
     numbers += [
@@ -304,7 +306,7 @@ with figures.theme(width=1.0, rows=1.3):
 #   65, the class token first of all, at every depth.
 
 # %%
-judge = notebooks.Judge(suite)
+judge = claims.Judge(suite)
 
 
 def cited(function, **config):
@@ -329,7 +331,7 @@ for (backbone, other), rows in pairs:
         depth = likest.assign(depth=(likest["other_index"] + 1) / num_others).groupby("task")["depth"].mean()
         judge(
             "AP-7a",
-            statistics.over_tasks(depth),
+            intervals.over_tasks(depth),
             backbones=[backbone, other],
             made_from=cited("measure_similarity", backbone=backbone, other=other),
             tag=backbone,
@@ -346,8 +348,8 @@ def quarters(rows):
     rise = {name: last[name].mean() - before[name].mean() for name in ("distance", "distance_with_class_token")}
     return pd.Series(
         {
-            "AP-7b.spearman": statistics.spearman(rows["block"], rows["distance"]),
-            "AP-7b.last_quarter": statistics.spearman(last["block"], last["distance"]),
+            "AP-7b.spearman": intervals.spearman(rows["block"], rows["distance"]),
+            "AP-7b.last_quarter": intervals.spearman(last["block"], last["distance"]),
             "Q-40.uptick": rise["distance"],
             "Q-40.class_token": rise["distance_with_class_token"] - rise["distance"],
             "Q-40.effect": last["patches"].mean() - rest["patches"].mean(),
@@ -364,7 +366,7 @@ for backbone, rows in attended[attended["network"] == "trained"].groupby("backbo
     }
     for claim, values in by_task.items():
         scope = {"backbones": [backbone], "made_from": made_from, **on_images(alike[alike["backbone"] == backbone])}
-        judge(claim, statistics.over_tasks(values), tag=backbone, note=notes.get(claim, ""), **scope)
+        judge(claim, intervals.over_tasks(values), tag=backbone, note=notes.get(claim, ""), **scope)
 
 for (backbone, metric), several in estimates.items():
     if metric in METRICS:

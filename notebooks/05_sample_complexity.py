@@ -57,8 +57,10 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from apthory import figures, notebooks, records, statistics
-from apthory.theory import growth, reach, simulation, study
+from apthory.lab import claims, figures, records
+from apthory.lab.intervals import Estimate
+from apthory.studies import sample_complexity
+from apthory.theory import growth, reach, simulation
 
 STEP = 0.52  # eta; with the constants of Problem no number of visits is a tie
 WIDE, NARROW, MIDDLE = figures.COLORS["ap"], figures.COLORS["vp"], figures.COLORS["norm"]
@@ -102,7 +104,7 @@ few_shot = [
     for width, rule, batch in ((1, "sgd", 8), (4, "normalized", 1), (16, "sign", 1))
     for factor in (1, 2, 4, 6)
 ]
-fixed = fetch(study.measure_epochs, points=few_shot, num_positions=64, num_repeats=200, step=STEP)
+fixed = fetch(sample_complexity.measure_epochs, points=few_shot, num_positions=64, num_repeats=200, step=STEP)
 fixed_table = pd.DataFrame(fixed["rows"])
 fixed_table["exact"] = [
     reach.error_left(n, 64, r) for n, r in zip(fixed_table["num_samples"], fixed_table["reach"], strict=True)
@@ -143,10 +145,12 @@ with figures.theme(width=1.0, rows=1.1):
 
 # %%
 grid = [(P, r) for P in (16, 64, 256, 1024) for r in sorted({1, 4, int(P**0.5), P})]
-counted = fetch(study.measure_counts, points=[[P, r, visits(P, r)] for P, r in grid], num_repeats=10000, num_kept=400)
+counted = fetch(
+    sample_complexity.measure_counts, points=[[P, r, visits(P, r)] for P, r in grid], num_repeats=10000, num_kept=400
+)
 trained = {
     "attention": fetch(
-        study.measure_descent,
+        sample_complexity.measure_descent,
         network="attention",
         step=STEP,
         points=[
@@ -163,7 +167,7 @@ trained = {
         ],
     ),
     "convolution": fetch(
-        study.measure_descent,
+        sample_complexity.measure_descent,
         network="convolution",
         step=STEP,
         points=[[16, 1, 150], [16, 4, 150], [16, 16, 150], [64, 1, 150], [64, 4, 150], [64, 16, 150], [64, 64, 150]],
@@ -199,7 +203,13 @@ agreement.round(2)
 # %%
 law = next(row for row in counted["rows"] if row["positions"] == 1024 and row["reach"] == 1)
 batch_points = {
-    B: fetch(study.measure_descent, network="attention", step=STEP, batch_size=B, points=[[64, 1, 60], [64, 64, 60]])
+    B: fetch(
+        sample_complexity.measure_descent,
+        network="attention",
+        step=STEP,
+        batch_size=B,
+        points=[[64, 1, 60], [64, 64, 60]],
+    )
     for B in (4, 16)
 }
 with figures.theme(width=1.0, rows=1.15):
@@ -264,7 +274,7 @@ RULES = {
 }
 by_rule = {
     rule: fetch(
-        study.measure_descent,
+        sample_complexity.measure_descent,
         network="attention",
         step=step,
         rule=rule,
@@ -357,7 +367,10 @@ with figures.theme(width=1.0, rows=1.3):
 sizes = [16, 32, 64, 128, 256, 512, 1024]
 growing = {
     name: fetch(
-        study.measure_counts, points=[[P, r or P, visits(P, r or P)] for P in sizes], num_repeats=500, num_kept=500
+        sample_complexity.measure_counts,
+        points=[[P, r or P, visits(P, r or P)] for P in sizes],
+        num_repeats=500,
+        num_kept=500,
     )
     for name, r in (("narrow", 1), ("wide", None))
 }
@@ -426,7 +439,7 @@ turn = 64 * 0.5 / STEP  # P (b - kappa) / eta: half the samples after which the 
 moments = sorted({round(turn * factor) for factor in (0.25, 0.5, 1, 1.5, 2, 2.5, 3, 4, 6, 9)})
 departures = [{}, {"token_noise": 0.5}, {"token_noise": 1.0}, {"spread": 0.4}, {"spread": 0.8}]
 errors = fetch(
-    study.measure_errors,
+    sample_complexity.measure_errors,
     num_positions=64,
     reaches=[1, 64],
     departures=departures,
@@ -440,7 +453,7 @@ error_table = pd.DataFrame(errors["rows"]).reindex(columns=columns).fillna(0.0)
 shares = [0.0, 0.1, 0.2, 0.3, 0.4]
 soft = {
     q: fetch(
-        study.measure_descent,
+        sample_complexity.measure_descent,
         network="attention",
         step=STEP,
         background=q,
@@ -532,7 +545,7 @@ with figures.theme(width=1.0, rows=1.3):
 # the critical share, nothing is claimed.
 
 # %%
-judge = notebooks.Judge(suite)
+judge = claims.Judge(suite)
 scope = {"tasks": ["windows"], "seeds": [seed]}
 
 
@@ -570,7 +583,7 @@ for name, (fits, drawn) in chosen.items():
         for index in range(len(again))
     ]
     low, high = np.quantile(differences, [0.025, 0.975])
-    estimate = statistics.Estimate(value=value, low=min(low, value), high=max(high, value))
+    estimate = Estimate(value=value, low=min(low, value), high=max(high, value))
     note = f"predicted {PREDICTED[name]}, against {' and '.join(rivals[name])}"
     judge("AP-9.growth", estimate, made_from=[growing[name]], tag=name, note=note, **scope)
 judge("R-3", adjusted(fixed_table["distance"]), made_from=[fixed], note=outside("SGD, epochs"), **scope)
@@ -578,7 +591,7 @@ judge("R-3", adjusted(fixed_table["distance"]), made_from=[fixed], note=outside(
 
 def within(value, error):
     """The value, give or take the error."""
-    return statistics.Estimate(value=value, low=value - error, high=value + error)
+    return Estimate(value=value, low=value - error, high=value + error)
 
 
 plain = error_table[(error_table["token_noise"] == 0) & (error_table["spread"] == 0)].set_index(
@@ -596,10 +609,10 @@ per_position = {
 for claim, q in (("R-6.below", 0.1), ("R-6.above", 0.4)):
     (large, e1), (small, e2) = per_position[q, 256], per_position[q, 64]
     value, error = large / small, 1.96 * np.hypot(e1, e2)
-    estimate = statistics.Estimate(value=value, low=value * (1 - error), high=value * (1 + error))
+    estimate = Estimate(value=value, low=value * (1 - error), high=value * (1 + error))
     judge(claim, estimate, made_from=[soft[q]], **scope)
 large, error = per_position[0.4, 256]
 value = large / reach.soft_samples(unit, STEP, 0.4)
-estimate = statistics.Estimate(value=value, low=value * (1 - 1.96 * error), high=value * (1 + 1.96 * error))
+estimate = Estimate(value=value, low=value * (1 - 1.96 * error), high=value * (1 + 1.96 * error))
 judge("R-6.limit", estimate, made_from=[soft[0.4]], **scope)
 judge.table

@@ -31,15 +31,17 @@ suite: str = "embedded"  # embedded: under a minute, from scratch; small: real i
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from apthory import figures, notebooks, pixel_study, pixel_suites, records, statistics, sweeps
+from apthory.lab import claims, figures, intervals, records
+from apthory.studies import cells, pixel_grids
+from apthory.studies import pixels as pixel_study
 
 folder = records.folder(suite)
-studies = [study for name, study in pixel_suites.STUDIES[suite].items() if name.startswith("pixels")]
+studies = [study for name, study in pixel_grids.STUDIES[suite].items() if name.startswith("pixels")]
 table = pd.concat([pixel_study.run_study(study, folder) for study in studies], ignore_index=True)
 made_from = list(table["key"].unique())
 own = table[table["shift"] == ""]
 methods = own[own["part"] == "methods"]
-best_ap = sweeps.best(methods[methods["arm"] == "ap"], "site")
+best_ap = cells.best(methods[methods["arm"] == "ap"], "site")
 backbones = list(methods["backbone"].unique())
 LABELS = figures.LABELS | {"vp": "VP", "ap": "AP, best site"}
 
@@ -115,7 +117,7 @@ pd.DataFrame(
         "backbone": backbone,
         **{
             arm: str(
-                statistics.paired_difference(best_ap[best_ap["backbone"] == backbone], rows("methods", arm, backbone))
+                intervals.paired_difference(best_ap[best_ap["backbone"] == backbone], rows("methods", arm, backbone))
             )
             for arm in ("vp", "evp", "adavipro")
         },
@@ -150,7 +152,7 @@ def gaps(first, second):
     """Paired difference in points, and its mean for each task."""
     both = first.merge(second, on=["task", "seed"], suffixes=("_first", "_second"))
     by_task = (both["accuracy_first"] - both["accuracy_second"]).groupby(both["task"]).mean()
-    return {**statistics.paired_difference(first, second).__dict__, "by_task": list(by_task.round(3))}
+    return {**intervals.paired_difference(first, second).__dict__, "by_task": list(by_task.round(3))}
 
 
 def over_widths(part, family, probe):
@@ -203,7 +205,7 @@ with figures.theme(width=1.0, rows=1.4):
 # %%
 normalization = own[own["part"] == "normalization"]
 with_norm, without = (
-    sweeps.best(normalization[normalization["arm"].str.startswith(name)], "arm") for name in ("l2", "none")
+    cells.best(normalization[normalization["arm"].str.startswith(name)], "arm") for name in ("l2", "none")
 )
 changes = {"gradient as it is, tuned": ("evp", without, with_norm)}
 for arm in own[own["part"] == "ablations"]["arm"].unique():
@@ -285,7 +287,7 @@ with figures.theme(width=0.6, rows=1.3):
 # %%
 moved = table[table["part"].isin(["domains", "corruptions"])].copy()
 moved = pd.concat([moved[moved["arm"] != "ap"], *(
-    sweeps.best(several, "site") for _, several in moved[moved["arm"] == "ap"].groupby("part")
+    cells.best(several, "site") for _, several in moved[moved["arm"] == "ap"].groupby("part")
 )])  # fmt: skip
 kinds = {"domains": "other domains", "corruptions": "corrupted"}
 moved["images"] = moved["part"].map(kinds).where(moved["shift"] != "", "as trained")
@@ -317,7 +319,7 @@ shifted = moved[(moved["part"] == "corruptions") & (moved["shift"] != "")].copy(
 shifted["corruption"] = shifted["shift"].str.split().str[0]
 by_seed = shifted.groupby(["backbone", "corruption", "task", "seed", "arm"])["accuracy"].mean().unstack("arm")
 by_corruption = by_seed.sub(by_seed["linear_probe"], axis=0).groupby(["backbone", "corruption"])
-by_corruption[["vp", "evp"]].agg(lambda gaps: str(statistics.over_tasks(gaps)))
+by_corruption[["vp", "evp"]].agg(lambda gaps: str(intervals.over_tasks(gaps)))
 
 # %% [markdown]
 # ## Label mappings
@@ -341,7 +343,7 @@ mapped.groupby(["backbone", "part", "arm", "head"], sort=False).agg(
 # clip` left.
 
 # %%
-in_clip = pixel_study.recorded(pixel_suites.STUDIES[suite].get("clip", {}), folder)
+in_clip = pixel_study.recorded(pixel_grids.STUDIES[suite].get("clip", {}), folder)
 if in_clip is None:
     print(f"The {suite} suite has no records of CLIP; its claims are not judged here.")
 else:
@@ -366,18 +368,18 @@ else:
 # along, so EVP's slides over their reflection; and the prompt's share of the rate was chosen on resnet_micro alone.
 
 # %%
-judge = notebooks.Judge(suite)
+judge = claims.Judge(suite)
 
 
 def compare(claim, first, second, tag, note=""):
     scope = {"backbones": sorted(set(first["backbone"])), "rows": [first, second]}
-    judge(claim, statistics.paired_difference(first, second), **scope, tag=tag, note=note)
+    judge(claim, intervals.paired_difference(first, second), **scope, tag=tag, note=note)
 
 
 around, on_top = (own[(own["part"] == "placement") & own["arm"].str.startswith(name)] for name in ("around", "on top"))
-pooled = statistics.matched(*(several.assign(site=several["width"]) for several in (around, on_top)))
+pooled = intervals.matched(*(several.assign(site=several["width"]) for several in (around, on_top)))
 sizes = ", ".join(map(str, sorted(around["width"].unique())))
-gap = statistics.paired_difference(*pooled)
+gap = intervals.paired_difference(*pooled)
 judge("EVP-1", gap, backbones=[wide], rows=[around, on_top], tag=wide, note=f"widths: {sizes} pixels of 224")
 compare("EVP-2", rows("ablations", "evp"), rows("ablations", "no diversity"), wide)
 compare("EVP-3", with_norm, without, wide)
@@ -392,7 +394,7 @@ for backbone in backbones:
     level = 0
     for row in both.itertuples():
         gap = 100 * (row.correct_evp.astype(float) - row.correct_full)
-        level += statistics.over_tasks(gap).high >= 0  # Student's interval, here over test images
+        level += intervals.over_tasks(gap).high >= 0  # Student's interval, here over test images
     judge("EVP-5", level, backbones=[backbone], rows=[evp, full], tag=backbone, note=f"of {len(both)} tasks")
 
 for part, label in {"4 per class": "4", "16 per class": "16", "all images": "all"}.items():
@@ -405,7 +407,7 @@ for (part, backbone), several in moved[moved["shift"] != ""].groupby(["part", "b
     for name, arm in {"vp": "vp", "linear": "linear_probe"}.items():
         first, second = (several[several["arm"] == one] for one in ("evp", arm))
         gap = first.set_index(keys)["accuracy"] - second.set_index(keys)["accuracy"]
-        apart = statistics.over_tasks(gap.groupby(unit).mean())
+        apart = intervals.over_tasks(gap.groupby(unit).mean())
         scope = {"backbones": [backbone], "rows": [first, second], "tag": f"{backbone}-{part}"}
         judge(f"EVP-6.{name}", apart, **scope, note=f"mean over kinds of images, interval over {unit}s")
 
@@ -413,7 +415,7 @@ fixed, adaptive = (own[(own["part"] == "widths") & own["arm"].str.startswith(nam
 for width, several in adaptive.groupby("width"):
     compare("ADA-1", several, fixed[fixed["width"] == width], f"{wide}-{width}", f"width {width} of 224")
 for name, several in {"fixed": fixed, "adaptive": adaptive}.items():
-    slope = statistics.over_sites(several.assign(depth=several["width"] / 112), pixel_study.slope)
+    slope = intervals.over_sites(several.assign(depth=several["width"] / 112), pixel_study.slope)
     note = "points from no frame to the whole image"
     judge(f"ADA-2.{name}", slope, backbones=[wide], rows=[several], tag=wide, note=note)
 compare("ADA-3", rows("ablations", "adavipro"), rows("ablations", "no edges"), wide)
@@ -424,9 +426,9 @@ if in_clip is not None:
     arms = dict(iter(in_clip.groupby("arm")))
     compare("EVP-4.prompts", arms["evp"], arms["vp"], "clip")
     compare("EVP-4.linear", arms["evp"], arms["linear_probe"], "clip")
-    compare("Q-61", sweeps.best(arms["ap"], "site"), arms["evp"], "clip")
+    compare("Q-61", cells.best(arms["ap"], "site"), arms["evp"], "clip")
 
-claims = [claim for claim in notebooks.claims().values() if list(claim.notebooks) == ["06"]]
-absent = [claim for claim in claims if claim.id not in set(judge.table["claim"])]
+own = [claim for claim in claims.claims().values() if list(claim.notebooks) == ["06"]]
+absent = [claim for claim in own if claim.id not in set(judge.table["claim"])]
 not_run = pd.DataFrame({"claim": claim.id, "rule": claim.threshold, "verdict": "not run"} for claim in absent)
 pd.concat([judge.table, not_run], ignore_index=True).fillna("")

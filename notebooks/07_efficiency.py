@@ -22,7 +22,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from apthory import efficiency, figures, notebooks, records, statistics, training
+from apthory.lab import claims, figures, intervals, records
+from apthory.studies import costs as cost_study
 
 batch_size = batch_size or (64 if suite == "paper" else 32)
 if suite == "paper":  # the shapes of the paper, with random weights: costs do not depend on them
@@ -40,7 +41,7 @@ def measure(function, spec, **config):
     return records.fetch(function, config, sources=[training], folder=records.folder(suite))
 
 
-measured = [measure(efficiency.measure_sites, spec) for spec in specs]
+measured = [measure(cost_study.measure_sites, spec) for spec in specs]
 
 # %%
 TIMES = ("step_seconds", "cached_step_seconds", "inference_seconds")
@@ -104,7 +105,7 @@ def default_site(record):
     return places[3] if record.config["backbone"]["name"].startswith("vit") else places[-4]  # the last is an output
 
 
-by_method = [measure(efficiency.measure_methods, r.config["backbone"], site=default_site(r)) for r in measured]
+by_method = [measure(cost_study.measure_methods, r.config["backbone"], site=default_site(r)) for r in measured]
 NAMES = {"linear": "linear probe", "ap": "AP", "vp": "VP", "norm": "norm tuning", "full": "full"}
 rows = []
 for record in by_method:
@@ -144,7 +145,7 @@ with figures.theme(width=1.0, rows=2):
 # which side of it the timings fall.
 
 # %%
-judge = notebooks.Judge(suite)
+judge = claims.Judge(suite)
 for record in measured:
     backbone = record.config["backbone"]["name"]
     places = record["sites"]
@@ -152,9 +153,9 @@ for record in measured:
     ap = next(row for row in places if row["site"] == default_site(record))
     # Throughput is images a second: the ratio of AP to VP is that of their times upside down.
     ratios = {
-        "AP-3.time": statistics.ratio(ap["step_seconds"], vp["step_seconds"]),
+        "AP-3.time": intervals.ratio(ap["step_seconds"], vp["step_seconds"]),
         "AP-3.memory": ap["step_bytes"] / vp["step_bytes"],
-        "AP-3.throughput": statistics.ratio(vp["inference_seconds"], ap["inference_seconds"]),
+        "AP-3.throughput": intervals.ratio(vp["inference_seconds"], ap["inference_seconds"]),
     }
     if backbone == "resnet101":
         ratios |= {"AP-3.size_time": ratios["AP-3.time"], "AP-3.size_memory": ratios["AP-3.memory"]}

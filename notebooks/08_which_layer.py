@@ -50,10 +50,12 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from apthory import backbones, figures, layers, notebooks, records, selection, sites, statistics, sweeps
+from apthory import backbones, selection, sites
+from apthory.lab import claims, figures, intervals, records
+from apthory.studies import cells, layers, record_format, site_search
 
 folder = records.folder(suite)
-studies = sweeps.find_studies(suite)
+studies = layers.find_studies(suite)
 num_second_order = {"embedded": 12, "small": 100}[suite]  # images for the slow scores
 budget = 1 / 8  # of the exhaustive sweep's FLOPs
 MICRO = ("vit_micro", "resnet_micro")  # the score was found on these backbones
@@ -61,22 +63,22 @@ FINDING = ("cifar10", "caltech101", "pacs", "sign_digits")  # and these tasks of
 
 trained, scored, searched = [], [], []
 for study in studies.values():
-    prompts = [cell for cell in sweeps.cells(study) if cell["method"]["name"] == "ap"]
-    trained += sweeps.fetch_all(prompts, folder)
-    recipe = asdict(study.protocol.recipe)
+    prompts = [cell for cell in layers.configurations(study) if cell["method"]["name"] == "ap"]
+    trained += cells.fetch_all(prompts, folder)
+    recipe = record_format.recipe(study.protocol.recipe)
     for _, several in itertools.groupby(prompts, lambda cell: (cell["backbone"]["name"], cell["task"])):
         several = list(several)
         where = {key: several[0][key] for key in ("backbone", "task", "size")}
         where["places"] = [cell["method"]["site"] for cell in several]
         examples = {"num_examples": recipe["num_train"], "num_validation": recipe["num_validation"], "seed": 0}
         config = {**where, **examples, "num_second_order": num_second_order}
-        scored.append(sweeps.fetch(config, folder, layers.score, layers.SOURCES))
+        scored.append(cells.fetch(config, folder, site_search.score, site_search.SOURCES))
         rates = list(study.protocol.learning_rates)
         config = {**where, "recipe": recipe, "learning_rates": rates, "budget": budget, "score": "found", "seed": 0}
-        searched.append(sweeps.fetch(config, folder, layers.search, layers.SOURCES))
+        searched.append(cells.fetch(config, folder, site_search.search, site_search.SOURCES))
 
 # %%
-ap = sweeps.table(trained)
+ap = cells.table(trained)
 table = pd.DataFrame(
     {"backbone": record.config["backbone"]["name"], "task": record.config["task"], **row}
     for record in scored
@@ -128,7 +130,7 @@ FACTORS = {
 def spearman_by_task(rows, score):
     """Rank correlation of a score with mean accuracy, for each backbone and task."""
     groups = rows.assign(score=score).groupby(["backbone", "task"], sort=False)
-    return groups[["score", "accuracy"]].apply(lambda part: statistics.spearman(part["score"], part["accuracy"]))
+    return groups[["score", "accuracy"]].apply(lambda part: intervals.spearman(part["score"], part["accuracy"]))
 
 
 if suite == "small":
@@ -159,7 +161,7 @@ def correlation(backbone, score, among):
     rows = table[(table["backbone"] == backbone) & among].copy()
     rows["depth"] = rows.groupby("task")[f"score:{score}"].rank(method="first")  # `over_sites` ranks by depth
     runs = ap[ap["backbone"] == backbone].drop(columns="depth").merge(rows[["task", "site", "depth"]])
-    return statistics.over_sites(runs, statistics.spearman, num_draws=400)
+    return intervals.over_sites(runs, intervals.spearman, num_draws=400)
 
 
 everywhere = pd.Series(data=True, index=table.index)
@@ -235,7 +237,7 @@ for (backbone, task), rows in table.groupby(["backbone", "task"], sort=False):
     errors = [100 * np.std(best - other) / len(best) ** 0.5 for other in by_site if other is not best]
     row = {"backbone": backbone, "task": task, "range": np.ptp(rows["accuracy"]), "noise": 2 * np.median(errors)}
     for score in ("gain", "found"):
-        row[f"spearman of {score}"] = statistics.spearman(rows[f"score:{score}"], rows["accuracy"])
+        row[f"spearman of {score}"] = intervals.spearman(rows[f"score:{score}"], rows["accuracy"])
     spread.append(row)
 spread = pd.DataFrame(spread)
 estimates = table.assign(**{"K by windows": table["windows"], "K by coherence": 1 / (2 * table["coherence"])})
@@ -281,7 +283,7 @@ with figures.theme(width=1.0, rows=1.35):
 
 # %%
 runs_of = {backbone: ap[ap["backbone"] == backbone] for backbone in models}
-exhaustive = {backbone: sweeps.best_sites(runs) for backbone, runs in runs_of.items()}
+exhaustive = {backbone: cells.best_sites(runs) for backbone, runs in runs_of.items()}
 
 
 def at(backbone, chosen):
@@ -338,7 +340,7 @@ for backbone in models:
     }
     for choice, runs in choices.items():
         if len(runs):
-            lost.append({"backbone": backbone, "choice": choice, **asdict(statistics.paired_difference(best, runs))})
+            lost.append({"backbone": backbone, "choice": choice, **asdict(intervals.paired_difference(best, runs))})
 lost = pd.DataFrame(lost)
 with figures.theme(width=1.0, rows=1.35):
     figure, axes = plt.subplots(1, len(models), sharey=True, squeeze=False)
@@ -397,7 +399,7 @@ pd.concat(beside, axis=1, join="inner").round(3)
 # versions had been seen on all tasks of the micro backbones, so on these its verdict is not a blind one.
 
 # %%
-judge = notebooks.Judge(suite)
+judge = claims.Judge(suite)
 for backbone in models:
     runs = runs_of[backbone]
     own = [record for record in [*trained, *scored] if record.config["backbone"]["name"] == backbone]
@@ -410,16 +412,16 @@ for backbone in models:
         chosen = suggested(backbone, score, among)
         scope = {"rows": [chosen], "made_from": own, **of}
         note = "; ".join(f"{row.task}: {row.site}" for row in chosen.drop_duplicates("task").itertuples())
-        judge(f"{claim}.best", statistics.paired_difference(exhaustive[backbone], chosen), note=note, **scope)
+        judge(f"{claim}.best", intervals.paired_difference(exhaustive[backbone], chosen), note=note, **scope)
         against = default(backbone)
         note = f"default: {against['site'].iloc[0]}"
-        judge(f"{claim}.default", statistics.paired_difference(chosen, against), note=note, **scope)
-        judge(f"{claim}.random", statistics.paired_difference(chosen, pooled(runs)), **scope)
+        judge(f"{claim}.default", intervals.paired_difference(chosen, against), note=note, **scope)
+        judge(f"{claim}.random", intervals.paired_difference(chosen, pooled(runs)), **scope)
     searches = found_runs[(found_runs["backbone"] == backbone) & is_found_unseen]
     note = "; ".join(f"{row.task}: {row.site}" for row in searches.itertuples())
     used = [*own, *(record for record in searched if record.key in set(searches["key"]))]
     scope = {"rows": [searches], "made_from": used, **of}
-    difference = statistics.paired_difference(exhaustive[backbone], searches)
+    difference = intervals.paired_difference(exhaustive[backbone], searches)
     judge("Q-23.accuracy", difference, note=note, **scope)
     note = "the largest share of a task: the search stops before it spends more"
     judge("Q-23.cost", searches["share"].max(), note=note, **scope)

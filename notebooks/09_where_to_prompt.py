@@ -30,12 +30,17 @@ suite: str = "embedded"  # embedded: under a minute, from scratch; small: real i
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from apthory import figures, mask_study, notebooks, pixel_study, pixel_suites, records, statistics, sweeps, tasks
+from apthory import tasks
+from apthory.lab import claims, figures, intervals, records
+from apthory.studies import cells, masks, pixel_grids
+from apthory.studies import pixels as pixel_study
 
 folder = records.folder(suite)
-study = pixel_suites.STUDIES[suite]["masks"]
+study = pixel_grids.STUDIES[suite]["masks"]
 table = pixel_study.run_study(study, folder)
-configs = {(names["part"], names["arm"], c["backbone"]["name"], c["task"]): c for names, c in pixel_study.cells(study)}
+configs = {
+    (names["part"], names["arm"], c["backbone"]["name"], c["task"]): c for names, c in pixel_study.configurations(study)
+}
 
 
 def again(part, arm, backbone, task, **fields):
@@ -65,8 +70,8 @@ ROWS = {
 }
 NUM = 4  # images of each task
 shown = {
-    (task, arm): sweeps.fetch(
-        again("shown", arm, "resnet_micro", task, seed=0, num_images=NUM), folder, mask_study.draw_prompt
+    (task, arm): cells.fetch(
+        again("shown", arm, "resnet_micro", task, seed=0, num_images=NUM), folder, masks.draw_prompt
     )
     for task in study["shown"].tasks
     for arm in ROWS
@@ -83,7 +88,7 @@ with figures.theme(width=1.0, rows=2.4):
         axes[0, start].set_title(task, loc="left")
         axes[0, start + NUM].text(0.5, 0.5, "of the frame\nshown", ha="center", va="center", fontsize=6)
         for row, arm in enumerate([None, *ROWS]):
-            seen = raw if arm is None else (raw + mask_study.unpack(shown[task, arm])).clamp(0, 1)
+            seen = raw if arm is None else (raw + masks.unpack(shown[task, arm])).clamp(0, 1)
             for column in range(NUM):
                 axes[row, start + column].imshow(seen[column].movedim(0, -1))
             if arm is not None:
@@ -115,8 +120,7 @@ STARTS = {"adavipro": "start: noise", "from zero": "start: zero"}
 judged = [place for place in configs if place[0].startswith("judged")]
 seeds, num_images = [0, 1, 2], {"embedded": 60, "small": 200}[suite]
 measured = [
-    sweeps.fetch(again(*place, seeds=seeds, num_images=num_images), folder, mask_study.measure_masks)
-    for place in judged
+    cells.fetch(again(*place, seeds=seeds, num_images=num_images), folder, masks.measure_masks) for place in judged
 ]
 distances = pd.DataFrame(
     {"arm": arm, "backbone": backbone, "task": task, "record": record.key, **record.values}
@@ -157,7 +161,7 @@ with figures.theme(width=min(1.0, 0.4 + 0.3 * len(groups)), rows=1.4):
 # ## Judgement
 
 # %%
-judge = notebooks.Judge(suite)
+judge = claims.Judge(suite)
 for (backbone, arm), several in groups:
     values = {
         "ADA-4": (several["between_images"] - several["between_seeds"]).round(9),
@@ -172,5 +176,5 @@ for (backbone, arm), several in groups:
         shown_share = f"{several['share'].mean():.2%} of the frame shown"
         note = f"{num_images} images, {several['num_regions'].iloc[0]} regions, {shown_share}"
         made_from = list(several["record"])
-        judge(claim, statistics.over_tasks(by_task), **scope, made_from=made_from, tag=tag, note=note)
+        judge(claim, intervals.over_tasks(by_task), **scope, made_from=made_from, tag=tag, note=note)
 judge.table

@@ -31,12 +31,14 @@ import itertools
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from apthory import backbones, figures, notebooks, records, stage_study, statistics, sweeps
+from apthory import backbones
+from apthory.lab import claims, figures, intervals, records
 from apthory.pretraining import cards as model_cards
+from apthory.studies import cells, during_training, layers
 
-study = stage_study.STUDIES[suite]["stages"]
-made_from = sweeps.fetch_study(study, records.folder(suite))
-table = stage_study.with_stage(sweeps.table(made_from))
+study = during_training.STUDIES[suite]["stages"]
+made_from = layers.fetch_study(study, records.folder(suite))
+table = during_training.with_stage(cells.table(made_from))
 table = table[table["method"].isin(["ap", "linear_probe"])]
 names, stages = list(table["backbone"].unique()), list(table["stage"].unique())
 stages = sorted(stages, key=lambda stage: (stage == "last", stage != "random", stage))  # epochs in between
@@ -130,7 +132,7 @@ preference = pd.DataFrame(
         "backbone": name,
         "stage": stage,
         "task": task,
-        "spearman": statistics.spearman(means["depth"], means["accuracy"]),
+        "spearman": intervals.spearman(means["depth"], means["accuracy"]),
     }
     for (name, stage, task), rows in prompts.groupby(["backbone", "stage", "task"], sort=False)
     for means in [rows.groupby("site")[["depth", "accuracy"]].mean()]
@@ -152,7 +154,7 @@ with figures.theme(width=0.8, rows=1.1):
 
 # %%
 chosen = {
-    (name, LABELS[stage]): sweeps.best_sites(rows).groupby("task")["site"].first()
+    (name, LABELS[stage]): cells.best_sites(rows).groupby("task")["site"].first()
     for (name, stage), rows in prompts.groupby(["backbone", "stage"], sort=False)
 }
 pd.DataFrame(chosen).T
@@ -165,7 +167,7 @@ pd.DataFrame(chosen).T
 # intervals reach beyond what a correlation can be, and decide nothing.
 
 # %%
-judge = notebooks.Judge(suite)
+judge = claims.Judge(suite)
 for name in names:
     rows = {stage: several for stage, several in prompts.groupby("stage") if name in set(several["backbone"])}
     rows = {stage: several[several["backbone"] == name] for stage, several in rows.items()}
@@ -174,15 +176,15 @@ for name in names:
     note = f"sites: {', '.join(last['site'].unique())}"
     scope = {"backbones": [f"{name}.random", name], "tag": name, "note": note}
 
-    moved = statistics.over_sites(last, statistics.spearman, minus=first)
+    moved = intervals.over_sites(last, intervals.spearman, minus=first)
     judge("Q-80.vit" if name.startswith("vit") else "Q-80.cnn", moved, rows=[last, first], **scope)
 
-    gains = [stage_study.gain(rows[stage], probes[probes["stage"] == stage]) for stage in ("last", "random")]
+    gains = [during_training.gain(rows[stage], probes[probes["stage"] == stage]) for stage in ("last", "random")]
     ends = probes[probes["stage"].isin(["last", "random"])]
-    judge("Q-81", statistics.paired_difference(*gains), rows=[last, first, ends], **scope)
+    judge("Q-81", intervals.paired_difference(*gains), rows=[last, first, ends], **scope)
 
     for stage in [stage for stage in stages if stage in rows and stage not in ("random", "last")]:
-        alike = statistics.over_tasks(stage_study.agreement(rows[stage], last))
+        alike = intervals.over_tasks(during_training.agreement(rows[stage], last))
         early = scope | {"backbones": [f"{name}.{stage}", name], "tag": f"{name}-{stage}"}
         judge("Q-82", alike, rows=[rows[stage], last], **early)
 judge.table

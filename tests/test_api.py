@@ -38,7 +38,7 @@ def test_importing_is_free_until_a_name_is_used(use):
 
 def test_the_names_are_those_that_type_checkers_see():
     assert sorted(apthory.__all__) == sorted(definitions())
-    assert len(apthory.__all__) == len(set(apthory.__all__)) == 34
+    assert len(apthory.__all__) == len(set(apthory.__all__)) == 35
 
 
 @pytest.mark.parametrize("name", apthory.__all__)
@@ -52,7 +52,7 @@ def test_a_module_is_imported_when_it_or_its_name_is_used():
     code = "import sys, apthory as ap; print(ap.sites.split is ap.split, 'torch' in sys.modules)"
     shown = python("-c", code)
     assert shown.stdout == "True True\n", shown.stderr
-    assert {"backbones", "methods", "prompts", "sites", "tasks", "training"} <= set(dir(apthory))
+    assert {"backbones", "methods", "selection", "sites", "tasks", "training"} <= set(dir(apthory))
 
 
 def test_a_star_imports_the_names():

@@ -4,13 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 from apthory import __main__ as command
-from apthory import notebooks, records, tasks
+from apthory import tasks
+from apthory.lab import claims, notebooks, records
 
 ROOT = Path(command.__file__).parents[1]
 
@@ -56,7 +56,7 @@ def test_help_needs_no_torch_and_lists_the_commands():
     code += "finally: print({'torch', 'pandas', 'papermill'} & sys.modules.keys(), file=sys.stderr)"
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert shown.stderr == "set()\n"
-    for name in ("run", "check", "tasks", "layers", "cite", *FORWARDED):
+    for name in ("run", "check", "tasks", "cite", *LATER):
         assert f" {name} " in shown.stdout
 
 
@@ -91,7 +91,7 @@ def test_check_passes_only_while_everything_is_current(project):
     result = call("check")
     assert result.exit_code == 0
     assert result.stdout.endswith("\nresults current\n")
-    assert all(f"\n{key} " in f"\n{result.stdout}" for key in notebooks.claims())
+    assert all(f"\n{key} " in f"\n{result.stdout}" for key in claims.claims())
     source.write_text(NOTEBOOK + "# a remark\n")
     assert call("check").exit_code == 1
 
@@ -115,14 +115,14 @@ def test_check_calls_nothing_that_a_record_names(project, monkeypatch, options):
 
 def test_check_of_a_claim_says_what_it_is_and_how_it_was_judged(project):
     scope = {"suite": "small", "backbones": ["vit_micro"], "tasks": ["digits"], "seeds": [0], "made_from": []}
-    notebooks.verdict("AP-1.full", -2.0, (-3.0, -1.0), tag="vit_micro", note="On one task.", **scope)
+    claims.verdict("AP-1.full", -2.0, (-3.0, -1.0), tag="vit_micro", note="On one task.", **scope)
     result = call("check", "AP-1")
     assert result.exit_code == 0
-    claims = notebooks.claims()
+    known = claims.claims()
     lines = result.stdout.splitlines()
-    assert lines[0] == f"AP-1: {claims['AP-1.full'].claim}."
-    assert f"AP-1.full: {claims['AP-1.full'].statistic}, claimed < 0" in lines
-    assert f"AP-1.linear: {claims['AP-1.linear'].statistic}, claimed < 0" in lines
+    assert lines[0] == f"AP-1: {known['AP-1.full'].claim}."
+    assert f"AP-1.full: {known['AP-1.full'].statistic}, claimed < 0" in lines
+    assert f"AP-1.linear: {known['AP-1.linear'].statistic}, claimed < 0" in lines
     judged = next(line for line in lines if line.startswith("AP-1.full@vit_micro"))
     assert judged.split()[1] == "supported"
     assert "-2 [-3, -1]" in judged
@@ -196,31 +196,34 @@ def test_a_call_that_cannot_be_read_is_a_usage_error(project, arguments):
     assert "Usage: " in result.stderr
 
 
-FORWARDED = {
-    "sweep": "studies",
-    "pretrain": "pretraining",
-    "bench": "bench",
-    "bench-pixels": "pixel_bench",
-    "bench-metrics": "metric_bench",
+LATER = {  # commands that import what they call when they are called: their arguments, and the function to replace
+    "sweep": ([], "apthory.studies.catalogue.known"),
+    "layers": (["--backbone", "vit_micro", "--task", "digits"], "apthory.backbones.load"),
+    "pretrain": (["vit_micro", "--output", "run"], "apthory.pretraining.pretrain"),
+    "ship": (["vit_micro.safetensors"], "apthory.pretraining.cards.ship"),
+    "bench": ([], "apthory.benchmarks.prefix_cache.run"),
+    "bench-pixels": ([], "apthory.benchmarks.pixels.run"),
+    "bench-metrics": ([], "apthory.benchmarks.metrics.run"),
 }
 
 
-@pytest.fixture(params=["run", "check", "tasks", "cite", *FORWARDED])
+@pytest.fixture(params=["run", "check", "tasks", "cite", *LATER])
 def fails_with(request, project, monkeypatch):
-    """Each command, its work replaced by an error; forwarded commands as well."""
+    """Each command, its work replaced by an error."""
 
     def fails_with(error, *options):
         def fail(*arguments, **options):
             raise error
 
-        module = FORWARDED.get(request.param)
-        if module:
-            monkeypatch.setitem(sys.modules, f"apthory.{module}", SimpleNamespace(command=lambda: fail()))
+        arguments, function = LATER.get(request.param, ([], ""))
+        if function:
+            monkeypatch.setattr(function, fail)
         monkeypatch.setattr(notebooks, "run", fail)
-        monkeypatch.setattr(notebooks, "ledger", fail)
+        monkeypatch.setattr(claims, "ledger", fail)
         monkeypatch.setattr(tasks, "load", fail)
-        monkeypatch.setattr(records, "root", fail)
-        return call(*options, request.param)
+        if request.param in ("check", "cite"):
+            monkeypatch.setattr(records, "root", fail)
+        return call(*options, request.param, *arguments)
 
     return fails_with
 

@@ -14,20 +14,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 import apthory
-from apthory import (
-    backbones,
-    clip,
-    pixel_bench,
-    pixel_study,
-    pixel_suites,
-    prompts,
-    records,
-    sites,
-    studies,
-    sweeps,
-    tasks,
-    training,
-)
+from apthory import __main__ as command
+from apthory import backbones, clip, methods, sites, tasks
+from apthory.benchmarks import pixels as pixel_benchmark
+from apthory.lab import records
+from apthory.studies import cells, pixel_grids
+from apthory.studies import pixels as pixel_study
 
 open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed; the extra open-clip brings it")
 
@@ -55,7 +47,7 @@ small = cache(make)
 
 
 def images(task: tasks.Task, num: int = 8) -> torch.Tensor:
-    return training.normalized(small().image, task.test, torch.arange(num))
+    return backbones.normalize(small().image, task.test[torch.arange(num)])
 
 
 # ------------------------------------------------------------------------------------------ the image tower
@@ -153,7 +145,7 @@ def test_zero_shot_accuracy_is_that_of_clips_own_logits_on_the_test_part():
     assert len(test) == 12
     texts = model.tokenize([clip.VP_TEMPLATE.format(name) for name in task.classes])
     with torch.no_grad():
-        logits, _ = model.model.get_logits(training.normalized(model.image, task.test, test), texts)
+        logits, _ = model.model.get_logits(backbones.normalize(model.image, task.test[test]), texts)
     assert torch.equal(evaluation.correct, logits.argmax(1) == task.test.labels[test])
     assert evaluation.accuracy == pytest.approx(100 * float(evaluation.correct.float().mean()))
     head = model.text_head(task.classes)
@@ -201,7 +193,7 @@ def test_a_gpu_gives_the_same_features_and_trains():
     for one in (small(), model):
         head = one.text_head(task.classes)
         test = torch.arange(8)
-        found.append((head.features.cpu(), one.image(training.normalized(one.image, task.test, test)).cpu()))
+        found.append((head.features.cpu(), one.image(backbones.normalize(one.image, task.test[test])).cpu()))
     for cpu, gpu in zip(*found, strict=True):
         torch.testing.assert_close(cpu, gpu, rtol=1e-3, atol=1e-3)
     method = apthory.ActivationPrompting(site="transformer.resblocks.1:input")
@@ -214,7 +206,7 @@ def test_a_zero_prompt_at_any_block_leaves_zero_shot_as_it_is():
     model, x = small(), images(tiny.task())
     with torch.no_grad():
         for site in sites.list_sites(model.image):
-            prompted = prompts.PromptedBackbone(model.image, apthory.ActivationPrompt.zeros(model.image, site))
+            prompted = methods.PromptedBackbone(model.image, apthory.ActivationPrompt.zeros(model.image, site))
             assert torch.equal(prompted(x), model.image(x))
 
 
@@ -328,14 +320,14 @@ def spec(tmp_path: Path) -> dict:
 
 def test_the_study_runs_end_to_end(spec: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """By the command, through records, to the tables that the notebook reads; then again, without computing."""
-    protocol = sweeps.Protocol(recipe=STUDY_RECIPE, learning_rates=(2e-2,), seeds=(0, 1))
-    study = pixel_suites._clip(
+    protocol = cells.Protocol(recipe=STUDY_RECIPE, learning_rates=(2e-2,), seeds=(0, 1))
+    study = pixel_grids._clip(
         backbones=(spec,),
         tasks=("textures",),
         protocol=protocol,
         places={spec["name"]: ("transformer.resblocks.1:input",)},
     )
-    monkeypatch.setitem(pixel_suites.STUDIES["small"], "clip", study)
+    monkeypatch.setitem(pixel_grids.STUDIES["small"], "clip", study)
     monkeypatch.setenv("APTHORY_ROOT", str(tmp_path))
     folder, texts = records.folder("small"), []
     assert pixel_study.recorded(study, folder) is None
@@ -343,7 +335,7 @@ def test_the_study_runs_end_to_end(spec: dict, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(
         clip.CLIP, "text_features", lambda self, several: texts.append(several) or encode(self, several)
     )
-    studies.command("clip", "small", "", "", 1)
+    command.sweep("clip", "small", "", "", 1)
     assert len(texts) == 1  # the text tower ran once for all cells
     assert all(text.startswith("This is a photo of a ") for text in texts[0])
 
@@ -369,7 +361,7 @@ def test_the_study_runs_end_to_end(spec: dict, tmp_path: Path, monkeypatch: pyte
     assert (first == own.correct.numpy()).all()
     kept = records.load_all(folder)
     assert {one.weights for one in kept} == {backbones.digest(small().model)}  # the text tower's too
-    studies.command("clip", "small", "", "", 1)
+    command.sweep("clip", "small", "", "", 1)
     assert {one.key for one in records.load_all(folder)} == {one.key for one in kept}
 
 
@@ -382,12 +374,12 @@ def test_without_weights_the_sweep_says_what_to_download(tmp_path: Path, monkeyp
     monkeypatch.setenv("APTHORY_WEIGHTS", str(tmp_path))
     where = "huggingface.co/timm/vit_base_patch32_clip_224.openai as ViT-B-32.openai.safetensors to the folder that"
     with pytest.raises(OSError, match=f"download its open_clip_model.safetensors from https://{where}"):
-        studies.command("clip", "small", "", "", 1)
+        command.sweep("clip", "small", "", "", 1)
 
 
 def test_classes_of_the_studys_tasks_can_be_put_in_words(monkeypatch: pytest.MonkeyPatch):
     """Where the images are, as two classes of one name or numbers for names would be seen by training alone."""
-    names = pixel_suites.STUDIES["small"]["clip"]["methods"].tasks
+    names = pixel_grids.STUDIES["small"]["clip"]["methods"].tasks
     for name in sorted({*names} - {"cifar10"}):  # its ten are well known, and its many images take long to read
         try:
             classes = tasks.load(name, 32).classes
@@ -401,7 +393,7 @@ def test_a_head_in_words_wants_clip():
     with pytest.raises(
         ValueError, match=r"'vit_micro' has no text tower; a text head wants CLIP, such as clip:ViT-B-32"
     ):
-        sweeps.make_head({"template": clip.VP_TEMPLATE}, {"name": "vit_micro"}, ["a", "b"])
+        cells.make_head({"template": clip.VP_TEMPLATE}, {"name": "vit_micro"}, ["a", "b"])
 
 
 @pytest.mark.parametrize("classes", ["cat", []])
@@ -420,7 +412,7 @@ def test_text_features_are_timed_beside_a_run(tmp_path):
         "precision": "float32",
     }
     config = {"backbone": {"name": "clip:ViT-B-32", "pretrained": None, "device": "cpu", **SMALL}, "recipe": recipe}
-    record = records.fetch(pixel_bench.race_words, config, folder=tmp_path)
+    record = records.fetch(pixel_benchmark.race_words, config, folder=tmp_path)
     (words,), (run,) = record["seconds"].values()
     assert list(record["seconds"]) == ["text features", "run, text head"]
     assert min(words, run) > 0

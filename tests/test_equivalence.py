@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
-from apthory import backbones, equivalence, equivalence_study, prompts, sites
+from apthory import backbones, equivalence, methods, sites
 from apthory.equivalence import bias_shift, border_outputs, diagnose, difference, fold, fold_prompt, gap, unfold_prompt
+from apthory.studies import equivalence as equivalence_study
 
 EXACT = 1e-12
 seeds = st.integers(0, 2**31 - 1)
@@ -405,14 +406,14 @@ def test_a_prompt_folds_into_a_backbone_and_its_diagnosis_says_where(family, sit
     model = tiny.backbone(family, torch.float64)
     before = backbones.digest(model)
     x = tiny.images(family, 3, dtype=torch.float64)
-    prompt = prompts.ActivationPrompt.zeros(model, site, "channel").double()
+    prompt = methods.ActivationPrompt.zeros(model, site, "channel").double()
     prompt.delta.data.normal_(generator=torch.Generator().manual_seed(0))
     folded = fold(model, prompt)
     assert type(folded) is type(model)
     assert backbones.digest(model) == before
     changed = [n for n, p in folded.named_parameters() if not torch.equal(p, model.get_parameter(n))]
     assert changed == [target]
-    assert difference(folded(x), prompts.PromptedBackbone(model, prompt)(x)) <= EXACT
+    assert difference(folded(x), methods.PromptedBackbone(model, prompt)(x)) <= EXACT
     found = diagnose(model, site)
     assert (found.statement, found.kind, found.target) == (statement, "exact", target)
     assert found.relative_difference <= EXACT
@@ -422,11 +423,11 @@ def test_a_prompt_folds_into_a_backbone_and_its_diagnosis_says_where(family, sit
 @pytest.mark.parametrize("name", backbones.SHIPPED)
 def test_folding_in_single_precision_keeps_the_logits(name: str):
     model = backbones.load(name, device="cpu")
-    prompt = prompts.ActivationPrompt.zeros(model, sites.list_sites(model, "norm")[3], "channel")
+    prompt = methods.ActivationPrompt.zeros(model, sites.list_sites(model, "norm")[3], "channel")
     prompt.delta.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
     x = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        assert difference(fold(model, prompt)(x), prompts.PromptedBackbone(model, prompt)(x)) < 1e-5
+        assert difference(fold(model, prompt)(x), methods.PromptedBackbone(model, prompt)(x)) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -435,7 +436,7 @@ def test_folding_in_single_precision_keeps_the_logits(name: str):
 )
 def test_a_prompt_that_is_no_bias_shift_is_not_folded(family, site, shape):
     model = tiny.backbone(family)
-    prompt = prompts.ActivationPrompt.zeros(model, site, shape)
+    prompt = methods.ActivationPrompt.zeros(model, site, shape)
     prompt.delta.data.normal_(generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match=r"no bias near .* equals this prompt.*diagnose"):
         fold(model, prompt)
@@ -523,16 +524,16 @@ def test_batch_statistics_of_any_layer_count_not_the_mode_of_the_backbone(which:
     (model if which == "all" else model.layer2[0].bn2).train()
     found = diagnose(model, "layer2.0.bn2:input")
     assert (found.statement, found.kind, found.null_dimension) == ("E2", "null", found.num_channels)
-    prompt = prompts.ActivationPrompt.zeros(tiny.backbone("resnet"), "layer2.0.bn2:input", "channel")
+    prompt = methods.ActivationPrompt.zeros(tiny.backbone("resnet"), "layer2.0.bn2:input", "channel")
     prompt.delta.data.normal_(generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match=r"uses batch statistics.*eval\(\)"):
         fold(model, prompt)
-    full = prompts.ActivationPrompt.zeros(tiny.backbone("resnet"), "layer2.0.bn2:input")
+    full = methods.ActivationPrompt.zeros(tiny.backbone("resnet"), "layer2.0.bn2:input")
     full.delta.data.normal_(generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="with batch statistics gap measures channel prompts alone"):
         gap(model, full, "layer2.0.bn2", [1.0])
     vit = copy.deepcopy(tiny.backbone("vit")).train()  # no BatchNorm and no dropout: the mode changes nothing
-    prompt = prompts.ActivationPrompt.zeros(vit, "blocks.1.norm1", "channel")
+    prompt = methods.ActivationPrompt.zeros(vit, "blocks.1.norm1", "channel")
     prompt.delta.data.normal_(generator=torch.Generator().manual_seed(0))
     assert not torch.equal(fold(vit, prompt).blocks[1].norm1.bias, vit.blocks[1].norm1.bias)
     (measured,) = gap(vit, prompt, "blocks.1.norm1", [0.1], images=tiny.images("vit", 8))
@@ -553,10 +554,10 @@ def test_a_backbone_with_rms_norms_is_diagnosed_and_folded(norm: type[nn.Module]
     assert (found.statement, found.kind, found.target) == ("E5", "exact", "blocks.1.attn.qkv.bias")
     before = diagnose(model, "blocks.1.norm1:input")
     assert (before.statement, before.kind, before.null_dimension) == ("E4", "varying", 0)  # nothing is centred
-    prompt = prompts.ActivationPrompt.zeros(model, "blocks.1.norm2", "channel")
+    prompt = methods.ActivationPrompt.zeros(model, "blocks.1.norm2", "channel")
     prompt.delta.data.normal_(generator=torch.Generator().manual_seed(0))
     x = tiny.images("vit", 3)
-    assert difference(fold(model, prompt)(x), prompts.PromptedBackbone(model, prompt)(x)) < 1e-5
+    assert difference(fold(model, prompt)(x), methods.PromptedBackbone(model, prompt)(x)) < 1e-5
     with pytest.raises(ValueError, match="without gamma and beta"):
         gap(model, prompt, "blocks.1.norm2", [0.1])
 
@@ -575,17 +576,17 @@ def test_only_a_prompt_that_is_the_same_at_every_position_folds(shape: tuple[int
     """The position-wise one has as many values as the site has channels."""
     model = tiny.backbone("resnet", torch.float64)
     assert sites.site_shape(model, "layer2.0.bn2") == (16, 4, 4)
-    prompt = prompts.ActivationPrompt("layer2.0.bn2:output", drawn(*shape, seed=0))
+    prompt = methods.ActivationPrompt("layer2.0.bn2:output", drawn(*shape, seed=0))
     if shape[1] == 1:
         x = tiny.images("resnet", 3, dtype=torch.float64)
-        assert difference(fold(model, prompt)(x), prompts.PromptedBackbone(model, prompt)(x)) <= EXACT
+        assert difference(fold(model, prompt)(x), methods.PromptedBackbone(model, prompt)(x)) <= EXACT
     else:
         with pytest.raises(ValueError, match=r"no bias near .* equals this prompt"):
             fold(model, prompt)
 
 
 def test_a_prompt_that_does_not_fit_its_site_is_refused():
-    prompt = prompts.ActivationPrompt("layer2.0.bn2:output", torch.ones(5, 1, 1))
+    prompt = methods.ActivationPrompt("layer2.0.bn2:output", torch.ones(5, 1, 1))
     with pytest.raises(ValueError, match=r"shape \(5, 1, 1\) does not fit the activation \(16, 4, 4\)"):
         fold(tiny.backbone("resnet"), prompt)
 
@@ -594,8 +595,8 @@ def test_what_holds_for_a_small_prompt_is_tried_again_for_the_one_that_folds():
     torch.manual_seed(0)
     model = backbones.freeze(nn.Sequential(nn.Flatten(), nn.Hardtanh(-100.0, 100.0), nn.Linear(12, 4)))
     x = torch.randn(4, 3, 2, 2)
-    prompt = prompts.ActivationPrompt("0:output", torch.ones(12), "channel")
-    assert difference(fold(model, prompt, images=x)(x), prompts.PromptedBackbone(model, prompt)(x)) < 1e-6
+    prompt = methods.ActivationPrompt("0:output", torch.ones(12), "channel")
+    assert difference(fold(model, prompt, images=x)(x), methods.PromptedBackbone(model, prompt)(x)) < 1e-6
     prompt.delta.data *= 1e3  # cut off by the clamp
     with pytest.raises(ValueError, match=r"2\.bias leaves a relative difference"):
         fold(model, prompt, images=x)
@@ -632,7 +633,7 @@ def test_a_random_backbone_is_refused():
 
 def test_beyond_the_first_order_the_distance_falls_with_the_square():
     model = tiny.backbone("vit")
-    prompt = prompts.ActivationPrompt.zeros(model, "blocks.1.norm1:input", "channel")
+    prompt = methods.ActivationPrompt.zeros(model, "blocks.1.norm1:input", "channel")
     prompt.delta.data.normal_(generator=torch.Generator().manual_seed(0))
     far, near = gap(model, prompt, "blocks.1.norm1", [1e-2, 1e-3], images=tiny.images("vit", 8))
     assert far.first_order / near.first_order == pytest.approx(100, rel=0.1)
@@ -645,7 +646,7 @@ def test_beyond_the_first_order_the_distance_falls_with_the_square():
 def test_a_channel_prompt_at_the_output_has_no_distance_and_a_full_one_has():
     model, x = tiny.backbone("resnet"), tiny.images("resnet", 8)
     for shape, is_exact in (("channel", True), ("full", False)):
-        prompt = prompts.ActivationPrompt.zeros(model, "layer2.0.bn1", shape)
+        prompt = methods.ActivationPrompt.zeros(model, "layer2.0.bn1", shape)
         prompt.delta.data.normal_(generator=torch.Generator().manual_seed(0))
         (found,) = gap(model, prompt, "layer2.0.bn1", [0.1], images=x)
         assert found.effect > 1e-4
@@ -655,12 +656,12 @@ def test_a_channel_prompt_at_the_output_has_no_distance_and_a_full_one_has():
 
 def test_the_nearest_tuning_is_no_further_than_one_found_by_descent():
     model, x = tiny.backbone("vit", torch.float64), tiny.images("vit", 8, dtype=torch.float64)
-    prompt = prompts.ActivationPrompt.zeros(model, "blocks.1.norm1:input", "channel").double()
+    prompt = methods.ActivationPrompt.zeros(model, "blocks.1.norm1:input", "channel").double()
     prompt.delta.data.normal_(generator=torch.Generator().manual_seed(0))
     (found,) = gap(model, prompt, "blocks.1.norm1", [0.1], images=x, parameters="beta")
     z = sites.capture(model, [prompt.site], x)[prompt.site]
-    scaled = prompts.ActivationPrompt(prompt.site, prompt.delta.data * 0.1 / prompt.relative_norm(z), "channel")
-    wanted, bias = prompts.PromptedBackbone(model, scaled)(x).detach(), model.blocks[1].norm1.bias
+    scaled = methods.ActivationPrompt(prompt.site, prompt.delta.data * 0.1 / prompt.relative_norm(z), "channel")
+    wanted, bias = methods.PromptedBackbone(model, scaled)(x).detach(), model.blocks[1].norm1.bias
 
     def loss(beta: Tensor, step: int) -> Tensor:
         return (functional_call(model, {"blocks.1.norm1.bias": bias + beta}, (x,)) - wanted).square().sum()
@@ -672,7 +673,7 @@ def test_the_nearest_tuning_is_no_further_than_one_found_by_descent():
 def test_the_nearest_tuning_keeps_its_share_of_a_small_prompt():
     """Where the derivative holds the distance is a fixed share of the effect, the one that least squares gives."""
     model, x = tiny.backbone("resnet"), tiny.images("resnet", 8)
-    prompt = prompts.ActivationPrompt.zeros(model, "layer2.0.bn1")
+    prompt = methods.ActivationPrompt.zeros(model, "layer2.0.bn1")
     prompt.delta.data.normal_(generator=torch.Generator().manual_seed(0))
     found = gap(model, prompt, "layer2.0.bn1", [1e-6, 1e-5, 1e-4], images=x)
     for each in found:
@@ -697,7 +698,7 @@ def test_the_nearest_tuning_keeps_its_share_of_a_small_prompt():
 def test_a_gap_without_a_question_is_refused(change: dict, message: str):
     model = tiny.backbone("vit")
     arguments = {"layer": "blocks.1.norm1", "norms": [0.1], "parameters": "both", "size": 1.0, **change}
-    prompt = prompts.ActivationPrompt.zeros(model, "blocks.1.norm1:input", "channel")
+    prompt = methods.ActivationPrompt.zeros(model, "blocks.1.norm1:input", "channel")
     prompt.delta.data[:] = arguments.pop("size")
     with pytest.raises(ValueError, match=message):
         inspect.unwrap(gap)(model, prompt, **arguments)  # as without type checks
@@ -705,18 +706,18 @@ def test_a_gap_without_a_question_is_refused(change: dict, message: str):
 
 def test_a_gap_needs_enough_images_eval_mode_and_a_layer_to_tune():
     model = tiny.backbone("vit")
-    prompt = prompts.ActivationPrompt.zeros(model, "blocks.1.norm1:input", "channel")
+    prompt = methods.ActivationPrompt.zeros(model, "blocks.1.norm1:input", "channel")
     prompt.delta.data.normal_(generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="32 features of 1 images do not determine 64 values; pass at least 2"):
         gap(model, prompt, "blocks.1.norm1", [0.1], images=tiny.images("vit", 1))
     with pytest.raises(ValueError, match="is a GELU without gamma and beta"):
         gap(model, prompt, "blocks.1.mlp.act", [0.1])
     trained = copy.deepcopy(tiny.backbone("resnet")).train()
-    prompt = prompts.ActivationPrompt.zeros(trained, "layer2.0.bn1:input", "channel")
+    prompt = methods.ActivationPrompt.zeros(trained, "layer2.0.bn1:input", "channel")
     prompt.delta.data.normal_(generator=torch.Generator().manual_seed(0))
     (found,) = gap(trained, prompt, "layer2.0.bn1", [1.0])
     assert max(found.effect, found.tuning, found.first_order) <= EXACT  # batch statistics: nothing to tune for
-    prompt = prompts.ActivationPrompt.zeros(trained, "layer2.0.bn1:input")
+    prompt = methods.ActivationPrompt.zeros(trained, "layer2.0.bn1:input")
     prompt.delta.data.normal_(generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="with batch statistics gap measures channel prompts alone"):
         gap(trained, prompt, "layer2.0.bn1", [1.0])
@@ -737,7 +738,7 @@ class Race:
         self.head = drawn(model(x).shape[1], num_classes, seed=1) / 5
         self.labels = torch.arange(len(x)) % num_classes
         self.unit = sites.site_shape(model, site, x)
-        self.channel = prompts.prompt_shape(model, site, "channel")
+        self.channel = methods.prompt_shape(model, site, "channel")
 
     def _loss(self, features: Tensor) -> Tensor:
         return nn.functional.cross_entropy(features @ self.head, self.labels)

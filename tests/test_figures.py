@@ -17,7 +17,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 from skimage.color import deltaE_ciede2000, rgb2lab
 
-from apthory import figures, records
+from apthory.lab import figures, records
 
 TABLE = pd.DataFrame({"site": ["a", "b"], "accuracy": [1 / 3, 2e-9]})
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import apthory
-from apthory import heads, training
+from apthory import backbones, heads
 from apthory.heads import LabelMapping, LinearHead, LinearHeads, TextHead, assign
 
 WIDTH = 6
@@ -272,7 +272,7 @@ def test_a_prompt_learns_through_a_mapped_head(how, tmp_path: Path):
     assert torch.equal(alone.state["heads.map"], fits[1].state["heads.map"])
     torch.testing.assert_close(alone.state["edits.prompt.values"], fits[1].state["edits.prompt.values"])
     evaluations = apthory.evaluate(task, fits)
-    x = training.normalized(backbone, task.test, fits[1].split.test)
+    x = backbones.normalize(backbone, task.test[fits[1].split.test])
     correct = fits[1].model(x).argmax(1) == task.test.labels[fits[1].split.test]
     assert torch.equal(correct, evaluations[1].correct)
     loaded = apthory.load_prompt(fits[1].save(tmp_path / "prompt.safetensors"), backbone)
@@ -320,11 +320,11 @@ def test_a_model_with_nothing_to_train_is_evaluated_as_it_is():
     (fit,) = apthory.fit(
         backbone, task, apthory.LinearProbe(), recipe=recipe, head=LabelMapping(classifier, "frequency")
     )
-    train = training.normalized(backbone, task.train, fit.split.train)
+    train = backbones.normalize(backbone, task.train[fit.split.train])
     counts = counted(classifier, backbone(train), task.train.labels[fit.split.train].view(1, -1), 3)
     assert fit.state["heads.map"][0].tolist() == greedy(counts[0].tolist())
     assert fit.train_curve[0] == pytest.approx(fit.train_curve[1])
-    logits = classifier(backbone(training.normalized(backbone, task.test, fit.split.test)))
+    logits = classifier(backbone(backbones.normalize(backbone, task.test[fit.split.test])))
     predicted = logits[:, fit.state["heads.map"][0]].argmax(1)
     (evaluation,) = apthory.evaluate(task, [fit])
     assert torch.equal(evaluation.correct, predicted == task.test.labels[fit.split.test])

@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from apthory import figures, notebooks, records, statistics
+from apthory._tools.estimate import Estimate
+from apthory.lab import claims, figures, notebooks, records
 
 # The claims that the study set out to judge, with their numbers of statistics; dropping one fails here.
 STATISTICS = {
@@ -54,16 +55,16 @@ def judge(claim_id, value, interval=None, **options):
         "made_from": [],
         **options,
     }
-    return notebooks.verdict(claim_id, value, interval, **options)
+    return claims.verdict(claim_id, value, interval, **options)
 
 
 def test_every_claim_has_each_of_its_statistics():
-    parts = [claim_id.partition(".")[0] for claim_id in notebooks.claims()]
+    parts = [claim_id.partition(".")[0] for claim_id in claims.claims()]
     assert list(dict.fromkeys(parts))[: len(STATISTICS)] == list(STATISTICS)  # the notebooks' own claims follow
     assert {row: parts.count(row) for row in STATISTICS} == STATISTICS
 
 
-@pytest.mark.parametrize("claim", notebooks.claims().values(), ids=lambda claim: claim.id)
+@pytest.mark.parametrize("claim", claims.claims().values(), ids=lambda claim: claim.id)
 def test_claims_are_complete(claim):
     assert claim.claim
     assert claim.paper
@@ -103,14 +104,14 @@ def test_claims_are_complete(claim):
     ],
 )
 def test_the_whole_interval_decides(threshold, low, high, verdict):
-    claim = notebooks.Claim(id="X", claim="x", paper="-", statistic="s", threshold=threshold, notebooks=())
+    claim = claims.Claim(id="X", claim="x", paper="-", statistic="s", threshold=threshold, notebooks=())
     assert claim.judge(low, high) == verdict
 
 
 @pytest.mark.parametrize("threshold", ["", "<0", "about 0", "in [1]", "< zero", "== 0"])
 def test_a_threshold_that_cannot_be_read_is_refused(threshold):
     with pytest.raises(ValueError, match=r"cannot read the threshold|could not convert"):
-        notebooks.Claim(id="X", claim="x", paper="-", statistic="s", threshold=threshold, notebooks=())
+        claims.Claim(id="X", claim="x", paper="-", statistic="s", threshold=threshold, notebooks=())
 
 
 def test_a_verdict_is_written_with_its_scope(project):
@@ -181,9 +182,9 @@ def test_a_notebook_s_judge_reads_the_scope_off_its_tables(project):
     def rows(tasks, seeds, key):
         return pd.DataFrame([{"task": task, "seed": seed, "key": key * 64} for task in tasks for seed in seeds])
 
-    judge_it = notebooks.Judge("small")
+    judge_it = claims.Judge("small")
     first, second = rows("cab", (2, 0, 1), "a"), rows("bad", (0, 1, 3), "b")
-    estimate = statistics.Estimate(value=0.5, low=0.25, high=0.75)
+    estimate = Estimate(value=0.5, low=0.25, high=0.75)
     result = judge_it("AP-11", estimate, rows=[first, second], backbones=["vit_micro"], tag="vit_micro", note="Yes.")
     given = {"tasks": ["a", "b"], "seeds": [0, 1], "made_from": ["a" * 64, "b" * 64]}
     expected = judge("AP-11", 0.5, (0.25, 0.75), backbones=["vit_micro"], tag="vit_micro", note="Yes.", **given)
@@ -203,13 +204,13 @@ def test_the_ledger_lists_every_claim_with_its_verdicts():
     judge("AP-11", 0.5, (0.2, 0.8), tag="vit_micro")
     judge("AP-11", 2.0, (1.2, 2.8), tag="resnet_micro")
     judge("AP-11", 0.9, (0.2, 1.8), suite="embedded")
-    table = notebooks.ledger()
-    assert list(dict.fromkeys(table.id)) == list(notebooks.claims())
+    table = claims.ledger()
+    assert list(dict.fromkeys(table.id)) == list(claims.claims())
     judged = table[table.id == "AP-11"]
     assert list(judged.verdict) == ["open", "refuted", "supported"]
     assert list(judged.tag) == ["", "resnet_micro", "vit_micro"]
     assert set(table[table.id != "AP-11"].verdict) == {"not run"}
-    assert notebooks.ledger(records.root()).equals(table)
+    assert claims.ledger(records.root()).equals(table)
 
 
 @pytest.mark.parametrize(("name", "value"), [("threshold", "< 5"), ("statistic", "another"), ("id", "AP-99")])
@@ -218,7 +219,7 @@ def test_a_verdict_by_another_rule_is_stale(project, name, value):
     path = project / "figures" / "small" / "ledger" / "AP-11.json"
     assert not [problem for problem in notebooks.problems() if "another rule" in problem]
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
-    table = notebooks.ledger()
+    table = claims.ledger()
     assert list(table[table.suite == "small"].verdict) == ["stale"]
     assert [problem for problem in notebooks.problems() if "another rule" in problem]
 

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils import flop_counter
 
-from apthory import backbones, efficiency, input_study, limits, methods, sites
-from apthory.prompts import ActivationPrompt, PromptedBackbone
+from apthory import backbones, costs, equivalence, methods, metrics, sites
+from apthory.methods import ActivationPrompt, PromptedBackbone
+from apthory.studies import costs as cost_study
+from apthory.studies import input_limits
 
 DOUBLE = torch.float64
 RECIPE = {"num_epochs": 1, "num_train": 48, "num_validation": 32, "num_test": 64}
@@ -45,7 +47,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("family", ["vit", "deit", "vit_micro"])
 def test_an_input_prompt_is_its_shift_at_the_first_block_through_to_the_features(family):
     model = backbones.load(family, device="cpu").double() if family == "vit_micro" else tiny.backbone(family, DOUBLE)
-    found, x = limits.reach(model), normal(3, *sites.site_shape(model, ":input"), seed=1)
+    found, x = equivalence.reach(model), normal(3, *sites.site_shape(model, ":input"), seed=1)
     prompt = normal(*x.shape[1:])
     at_input = PromptedBackbone(model, ActivationPrompt(":input", prompt))
     at_tokens = PromptedBackbone(model, ActivationPrompt(found.site, found.shift(prompt)))
@@ -68,7 +70,7 @@ def test_reachable_prompts_are_those_of_images(grid, patch, dim, class_token, re
     image = (grid[0] * patch[0], grid[1] * patch[1])
     pool = "token" if class_token else "avg"
     model = vit(image, patch, dim, class_token=class_token, reg_tokens=registers, global_pool=pool)
-    found = limits.reach(model)
+    found = equivalence.reach(model)
     assert (found.grid, found.patch) == (grid, patch)
     assert found.num_extra_tokens == class_token + registers
     assert found.rank == min(dim, 3 * math.prod(patch))
@@ -91,7 +93,7 @@ def test_reachable_prompts_are_those_of_images(grid, patch, dim, class_token, re
     [("vit_base_patch16_224", 768, 768), ("vit_large_patch16_224", 768, 1024), ("deit_small_patch16_224", 384, 384)],
 )
 def test_rank_of_real_patch_embeddings_is_the_smaller_of_channels_and_pixels(name, rank, dim):
-    found = input_study.measure_rank({"name": name, "pretrained": False, "depth": 1, "device": "cpu"})
+    found = input_limits.measure_rank({"name": name, "pretrained": False, "depth": 1, "device": "cpu"})
     assert (found["rank"], found["dim"], found["pixels"]) == (rank, dim, 768)
     assert found["smallest"] > 10 * found["tolerance"]
     assert (found["tokens"], found["extra_tokens"]) == (197, 1)
@@ -103,14 +105,14 @@ def test_rank_is_that_of_the_weights_and_not_of_their_rounding(rank, dtype):
     model = vit()
     low = normal(16, rank) @ normal(rank, 48, seed=1)
     model.patch_embed.proj.weight.data = low.view(16, 3, 4, 4)
-    found = limits.reach(model.to(dtype))
+    found = equivalence.reach(model.to(dtype))
     assert found.rank == rank
     assert found.singular_values[rank:].max() <= found.tolerance
     assert found.residual(normal(1, rank) @ normal(rank, 16)) > 0.1
 
 
 def test_class_token_is_out_of_reach():
-    found = limits.reach(tiny.backbone("vit", DOUBLE))
+    found = equivalence.reach(tiny.backbone("vit", DOUBLE))
     prompt = torch.zeros_like(found.offset)
     prompt[0] = 1.0
     assert found.residual(prompt) == 1.0
@@ -119,7 +121,7 @@ def test_class_token_is_out_of_reach():
 
 
 def test_random_prompts_residual_follows_from_the_rank():
-    found = limits.reach(vit(dim=64))  # 48 of 64 dimensions, 16 of 17 tokens
+    found = equivalence.reach(vit(dim=64))  # 48 of 64 dimensions, 16 of 17 tokens
     squares = torch.tensor([found.residual(normal(17, 64, seed=seed)) ** 2 for seed in range(400)])
     assert abs(squares.mean() - (1 - 48 / 64 * 16 / 17)) < 4 * squares.std() / 20
 
@@ -177,7 +179,7 @@ ELSEWHERE = {
 @pytest.mark.parametrize("reason", ELSEWHERE)
 def test_where_an_input_prompt_is_no_token_prompt_the_reason_is_named(reason):
     with pytest.raises(ValueError, match=rf"is no fixed prompt on tokens: .*{reason}.* kernel = stride"):
-        limits.reach(ELSEWHERE[reason]())
+        equivalence.reach(ELSEWHERE[reason]())
 
 
 @torch.no_grad()
@@ -191,7 +193,7 @@ def test_there_the_shift_depends_on_the_image_indeed(family):
 
 def test_a_prompt_of_norm_zero_has_no_residual():
     with pytest.raises(ValueError, match="norm zero has no share out of reach"):
-        limits.reach(tiny.backbone("vit")).residual(torch.zeros(17, 32))
+        equivalence.reach(tiny.backbone("vit")).residual(torch.zeros(17, 32))
 
 
 # ---------------------------------------------------------------------------------------------- V2: frames
@@ -205,13 +207,13 @@ def test_frame_tokens_are_counted_as_they_are_painted(patch, num, data):
     is_frame[width : size - width, width : size - width] = 0
     share = nn.functional.avg_pool2d(is_frame[None], patch)
     painted = (int((share == 1).sum()), int(((share > 0) & (share < 1)).sum()), int((share == 0).sum()))
-    assert limits.frame_tokens(size, width, patch) == painted
+    assert equivalence.frame_tokens(size, width, patch) == painted
 
 
 def test_evps_default_frame_has_no_pure_prompt_token():
-    assert limits.frame_tokens(224, 30, 32) == (0, 24, 25)
-    assert limits.frame_tokens(224, 32, 32) == (24, 0, 25)
-    assert limits.frame_tokens(224, 30, 16) == (52, 44, 100)
+    assert equivalence.frame_tokens(224, 30, 32) == (0, 24, 25)
+    assert equivalence.frame_tokens(224, 32, 32) == (24, 0, 25)
+    assert equivalence.frame_tokens(224, 30, 16) == (52, 44, 100)
 
 
 @torch.no_grad()
@@ -228,24 +230,26 @@ def test_a_frame_of_whole_patches_is_prompt_tokens(patch, num, data, pool, regis
     assume(2 * ring < num)
     size, width = patch * num, patch * ring
     model = vit((size, size), (patch, patch), depth=2, global_pool=pool, reg_tokens=registers)
-    found, frame = limits.reach(model), normal(3, size, size)
+    found, frame = equivalence.reach(model), normal(3, size, size)
     x = normal(3, 3, size - 2 * width, size - 2 * width, seed=1)
-    own, prompts = limits.as_tokens(found, x, frame)
-    assert len(prompts) == limits.frame_tokens(size, width, patch).prompt
+    own, prompts = equivalence.as_tokens(found, x, frame)
+    assert len(prompts) == equivalence.frame_tokens(size, width, patch).prompt
     _, blocks = sites.split(model, found.site)
     features = blocks(torch.cat([own, prompts.expand(3, -1, -1)], dim=1))
-    assert relative(features, model(limits.framed(x, frame))) <= 1e-12
+    assert relative(features, model(equivalence.framed(x, frame))) <= 1e-12
     # An order of tokens is not seen, a place among the positions is: these are pos_t + b + W(pixels).
     backwards = blocks(torch.cat([own, prompts.flip(0).expand(3, -1, -1)], dim=1))
     assert relative(backwards, features) <= 1e-12
-    other, same = limits.as_tokens(found, 2 * x, frame)
+    other, same = equivalence.as_tokens(found, 2 * x, frame)
     assert torch.equal(same, prompts)
     assert relative(other, own) > 1e-2
 
 
 def test_prompt_tokens_lie_in_an_affine_set_of_the_embeddings_rank():
-    found = limits.reach(vit(dim=64))
-    tokens = torch.cat([limits.as_tokens(found, normal(1, 3, 8, 8), normal(3, 16, 16, seed=s))[1] for s in range(9)])
+    found = equivalence.reach(vit(dim=64))
+    tokens = torch.cat(
+        [equivalence.as_tokens(found, normal(1, 3, 8, 8), normal(3, 16, 16, seed=s))[1] for s in range(9)]
+    )
     content = tokens.view(9, 12, 64)[1:] - tokens.view(9, 12, 64)[:-1]  # pos_t + b cancels
     assert torch.linalg.matrix_rank(content.flatten(0, 1)) == found.rank == 48
     free = normal(96, 64)  # VPT-shallow's own tokens fill all dimensions
@@ -255,15 +259,15 @@ def test_prompt_tokens_lie_in_an_affine_set_of_the_embeddings_rank():
 @torch.no_grad()
 def test_features_differ_where_the_conditions_of_a_frame_fail():
     model = vit(depth=2, global_pool="avg")
-    found, frame, x = limits.reach(model), normal(3, 16, 16), normal(2, 3, 8, 8, seed=1)
-    own, prompts = limits.as_tokens(found, x, frame)
+    found, frame, x = equivalence.reach(model), normal(3, 16, 16), normal(2, 3, 8, 8, seed=1)
+    own, prompts = equivalence.as_tokens(found, x, frame)
     whole = torch.cat([own, prompts.expand(2, -1, -1)], dim=1)
     _, norm = sites.split(model, "norm:input")
     body = nn.Sequential(*model.blocks)
-    assert relative(norm(body(whole)), model(limits.framed(x, frame))) <= 1e-12
+    assert relative(norm(body(whole)), model(equivalence.framed(x, frame))) <= 1e-12
     without = norm(body(whole)[:, : own.shape[1]])  # a pool of the image's tokens alone
-    assert relative(without, model(limits.framed(x, frame))) > 1e-2
-    measured = input_study.measure_frame({"name": "vit_micro", "device": "cpu"}, 16, num_images=2)
+    assert relative(without, model(equivalence.framed(x, frame))) > 1e-2
+    measured = input_limits.measure_frame({"name": "vit_micro", "device": "cpu"}, 16, num_images=2)
     assert measured["difference"] <= 1e-12
     assert measured["elsewhere"] > 1e-2  # the image's tokens have lost the positions of the middle
     assert measured["tokens"] == {"prompt": 48, "mixed": 0, "image": 16}
@@ -271,26 +275,26 @@ def test_features_differ_where_the_conditions_of_a_frame_fail():
 
 @torch.no_grad()
 def test_mixed_tokens_depend_on_frame_and_image():
-    found, frame, x = limits.reach(vit()), normal(3, 16, 16), normal(1, 3, 10, 10, seed=1)
+    found, frame, x = equivalence.reach(vit()), normal(3, 16, 16), normal(1, 3, 10, 10, seed=1)
     with pytest.raises(ValueError, match=r"frame of 3 pixels .* patches of 4: 12 tokens would mix .* width of 0 or 4"):
-        limits.as_tokens(found, x, frame)
-    assert limits.frame_tokens(16, 3, 4) == (0, 12, 4)
-    base = found.tokens(limits.framed(x, frame))
-    by_frame = (found.tokens(limits.framed(x, 2 * frame)) != base).any(-1)
-    by_image = (found.tokens(limits.framed(2 * x, frame)) != base).any(-1)
+        equivalence.as_tokens(found, x, frame)
+    assert equivalence.frame_tokens(16, 3, 4) == (0, 12, 4)
+    base = found.tokens(equivalence.framed(x, frame))
+    by_frame = (found.tokens(equivalence.framed(x, 2 * frame)) != base).any(-1)
+    by_image = (found.tokens(equivalence.framed(2 * x, frame)) != base).any(-1)
     assert int((by_frame & by_image).sum()) == 12
     assert int((by_image & ~by_frame).sum()) == 4
 
 
 def test_frames_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="image of 30 pixels with a frame of 4 and patches of 8: the size must be"):
-        limits.frame_tokens(30, 4, 8)
+        equivalence.frame_tokens(30, 4, 8)
     with pytest.raises(ValueError, match="frame at most half"):
-        limits.frame_tokens(32, 17, 8)
+        equivalence.frame_tokens(32, 17, 8)
     with pytest.raises(ValueError, match="images of 9 pixels do not lie in the middle of a frame of 16"):
-        limits.framed(normal(1, 3, 9, 9), normal(3, 16, 16))
+        equivalence.framed(normal(1, 3, 9, 9), normal(3, 16, 16))
     with pytest.raises(ValueError, match=r"frame of 32 pixels does not fit patches of \(4, 4\) on a grid \(4, 4\)"):
-        limits.as_tokens(limits.reach(vit()), normal(1, 3, 16, 16), normal(3, 32, 32))
+        equivalence.as_tokens(equivalence.reach(vit()), normal(1, 3, 16, 16), normal(3, 32, 32))
 
 
 # ---------------------------------------------------------------------------------------------- V3: cost
@@ -298,15 +302,15 @@ def test_frames_that_cannot_be_are_refused():
 
 def steps_at_every_site(model: nn.Module, x: Tensor):
     """For each block site the FLOPs of steps as they run, and what the formula takes."""
-    labels, count = torch.zeros(1, len(x), dtype=torch.long), efficiency.count_flops
+    labels, count = torch.zeros(1, len(x), dtype=torch.long), costs.count_flops
     prompts = {site: methods.ActivationPrompting(site=site) for site in sites.list_sites(model)}
-    steps = {site: efficiency._Step(model, one, x, labels, 7, "float32") for site, one in prompts.items()}
+    steps = {site: cost_study._Step(model, one, x, labels, 7, "float32") for site, one in prompts.items()}
     image = steps[":input"]
-    whole = {"forward": count(image.suffix), "attention": limits.attention_flops(image.suffix)}
+    whole = {"forward": count(image.suffix), "attention": costs.attention_flops(image.suffix)}
     visual = count(image.whole)
     for site, step in steps.items():
-        found = limits.StepFlops(visual, count(step.whole), count(step.cached))
-        late = {"suffix": count(step.suffix), "suffix_attention": limits.attention_flops(step.suffix)}
+        found = costs.StepFlops(visual, count(step.whole), count(step.cached))
+        late = {"suffix": count(step.suffix), "suffix_attention": costs.attention_flops(step.suffix)}
         yield site, found, {**whole, **late, "head": 2 * len(x) * step.heads.weight.shape[1] * 7}
 
 
@@ -317,7 +321,7 @@ def test_counted_flops_of_a_step_are_the_formulas_at_every_block_site(family):
     else:
         model, x = tiny.backbone(family), tiny.images(family, 2)
     for site, found, parts in steps_at_every_site(model, x):
-        assert found == limits.step_flops(**parts), site
+        assert found == costs.step_flops(**parts), site
         has_attention = family.startswith(("vit", "deit", "swin")) and not site.endswith(":output")
         assert (parts["suffix_attention"] > 0) == has_attention
 
@@ -329,13 +333,13 @@ def test_a_fused_kernel_computes_the_scores_once_more():
     for block in model.blocks:
         block.attn.fused_attn = True
     for _, found, parts in steps_at_every_site(model, tiny.images("vit", 2)):
-        assert found == limits.step_flops(**parts, fused=True)
-        assert (found.visual - limits.step_flops(**parts).visual) * 2 == parts["attention"] > 0
+        assert found == costs.step_flops(**parts, fused=True)
+        assert (found.visual - costs.step_flops(**parts).visual) * 2 == parts["attention"] > 0
 
 
 def test_steps_cost_less_the_later_the_prompt():
     parts = {"forward": 100, "attention": 20, "head": 1}
-    late, early = (limits.step_flops(**parts, suffix=s, suffix_attention=a) for s, a in ((40, 8), (100, 20)))
+    late, early = (costs.step_flops(**parts, suffix=s, suffix_attention=a) for s, a in ((40, 8), (100, 20)))
     assert early == (223, 223, 223)  # 2 F + A + 3 head, and nothing to cache at the input
     assert late == (223, 151, 91)
 
@@ -347,33 +351,33 @@ def test_steps_cost_less_the_later_the_prompt():
 def test_arrivals_are_derivatives_at_all_block_sites(family):
     model, x = tiny.backbone(family, DOUBLE), tiny.images(family, 3, dtype=DOUBLE)
     direction, places, step = normal(*x.shape[1:]), sites.list_sites(model), 1e-6
-    moved = limits.arrivals(model, x, direction)
+    moved = metrics.arrivals(model, x, direction)
     assert list(moved) == places
     ahead, behind = (sites.capture(model, places, x + sign * step * direction) for sign in (1, -1))
     for site in places:
         assert relative(moved[site], (ahead[site] - behind[site]) / (2 * step)) < 1e-6, site
     assert torch.equal(moved[":input"], direction.expand_as(x))
-    assert limits.universality(moved[":input"]) == pytest.approx(1, abs=1e-12)
-    assert limits.universality(moved[places[-1]]) < 1 - 1e-5
+    assert metrics.universality(moved[":input"]) == pytest.approx(1, abs=1e-12)
+    assert metrics.universality(moved[places[-1]]) < 1 - 1e-5
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_arrivals_start_at_any_site_and_stop_where_nothing_arrives():
     model, x = tiny.backbone("vit", DOUBLE), tiny.images("vit", 3, dtype=DOUBLE)
-    moved = limits.arrivals(model, x, normal(17, 32), "blocks.1:input")
+    moved = metrics.arrivals(model, x, normal(17, 32), "blocks.1:input")
     assert list(moved) == ["blocks.1:input", "blocks.2:input", "blocks.2:output"]
-    inner = limits.arrivals(model, x, normal(17, 32), "blocks.1.norm1", ["blocks.1.attn:input", "blocks.1.mlp"])
+    inner = metrics.arrivals(model, x, normal(17, 32), "blocks.1.norm1", ["blocks.1.attn:input", "blocks.1.mlp"])
     assert torch.equal(inner["blocks.1.attn:input"][0], normal(17, 32))
     with pytest.raises(ValueError, match=r"prompt at 'blocks.1:input' arrives at 'blocks.0:input'; choose a site"):
-        limits.arrivals(model, x, normal(17, 32), "blocks.1:input", ["blocks.0:input"])
+        metrics.arrivals(model, x, normal(17, 32), "blocks.1:input", ["blocks.0:input"])
 
 
 def test_to_the_first_block_of_a_vit_a_prompt_stays_universal_as_reach_says():
     model, x = tiny.backbone("vit", DOUBLE), tiny.images("vit", 3, dtype=DOUBLE)
     direction = normal(3, 32, 32)
-    moved = limits.arrivals(model, x, direction)["blocks.0:input"]
-    assert relative(moved, limits.reach(model).shift(direction).expand_as(moved)) <= 1e-12
-    assert limits.universality(moved) == pytest.approx(1, abs=1e-12)
+    moved = metrics.arrivals(model, x, direction)["blocks.0:input"]
+    assert relative(moved, equivalence.reach(model).shift(direction).expand_as(moved)) <= 1e-12
+    assert metrics.universality(moved) == pytest.approx(1, abs=1e-12)
 
 
 def test_prompts_stay_universal_in_linear_networks():
@@ -381,8 +385,8 @@ def test_prompts_stay_universal_in_linear_networks():
         nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(128, 5)
     )
     model = backbones.freeze(model.double())
-    moved = limits.arrivals(model, normal(6, 3, 8, 8), normal(3, 8, 8, seed=1), targets=["0", "1", "2", "4"])
-    assert [limits.universality(z) for z in moved.values()] == pytest.approx([1] * 4, abs=1e-12)
+    moved = metrics.arrivals(model, normal(6, 3, 8, 8), normal(3, 8, 8, seed=1), targets=["0", "1", "2", "4"])
+    assert [metrics.universality(z) for z in moved.values()] == pytest.approx([1] * 4, abs=1e-12)
 
 
 def test_a_rectifier_that_lets_k_of_n_images_pass_keeps_the_share_of_pairs_that_do():
@@ -391,10 +395,10 @@ def test_a_rectifier_that_lets_k_of_n_images_pass_keeps_the_share_of_pairs_that_
     for num in (2, 5, 9):
         for passing in range(1, num + 1):
             signs = torch.tensor([1.0] * passing + [-1.0] * (num - passing), dtype=DOUBLE).view(num, 1, 1, 1)
-            moved = limits.arrivals(
+            moved = metrics.arrivals(
                 model, signs * model[0].weight.sign(), torch.ones(1, 1, 1, dtype=DOUBLE), targets=["1"]
             )
-            assert limits.universality(moved["1"]) == pytest.approx((passing - 1) / (num - 1), abs=1e-12)
+            assert metrics.universality(moved["1"]) == pytest.approx((passing - 1) / (num - 1), abs=1e-12)
 
 
 @given(seed=st.integers(0, 99), num=st.integers(2, 7), dim=st.integers(1, 5))
@@ -403,7 +407,7 @@ def test_the_numerator_is_unbiased(seed, num, dim):
     population = normal(7, dim, seed=seed) + 0.5
 
     def numerator(g: Tensor) -> float:
-        return limits.universality(g) * float(g.square().sum(1).mean())
+        return metrics.universality(g) * float(g.square().sum(1).mean())
 
     samples = [numerator(population[list(rows)]) for rows in itertools.combinations(range(7), num)]
     products = [float(a @ b) for a, b in itertools.permutations(population, 2)]
@@ -412,14 +416,14 @@ def test_the_numerator_is_unbiased(seed, num, dim):
 
 def test_universality_of_extremes():
     same, apart = normal(1, 4).expand(5, 4), torch.eye(5, dtype=DOUBLE)
-    assert limits.universality(same) == pytest.approx(1, abs=1e-12)
-    assert limits.universality(apart) == pytest.approx(0, abs=1e-12)
-    assert limits.universality(torch.tensor([[1.0], [-1.0]])) == -1  # the least that two images can give
-    assert limits.universality(3 * apart + 1) == pytest.approx(limits.universality(-6 * apart - 2))  # of no scale
+    assert metrics.universality(same) == pytest.approx(1, abs=1e-12)
+    assert metrics.universality(apart) == pytest.approx(0, abs=1e-12)
+    assert metrics.universality(torch.tensor([[1.0], [-1.0]])) == -1  # the least that two images can give
+    assert metrics.universality(3 * apart + 1) == pytest.approx(metrics.universality(-6 * apart - 2))  # of no scale
     with pytest.raises(ValueError, match="give at least two"):
-        limits.universality(torch.ones(1, 4))
+        metrics.universality(torch.ones(1, 4))
     with pytest.raises(ValueError, match="nothing arrives, so nothing can be universal"):
-        limits.universality(torch.zeros(3, 4))
+        metrics.universality(torch.zeros(3, 4))
 
 
 # ---------------------------------------------------------------------------------------------- measurements
@@ -429,21 +433,21 @@ def test_universality_of_extremes():
 def test_a_shuffled_twin_has_the_same_weights_in_no_order(family):
     model, x = tiny.backbone(family), tiny.images(family, 8)
     before = backbones.digest(model)
-    twin = input_study.shuffled(model, x)
+    twin = input_limits.shuffled(model, x)
     assert backbones.digest(model) == before
     assert not twin.training
     for (name, own), other in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert torch.equal(own.flatten().sort().values, other.flatten().sort().values), name
         assert torch.equal(own, other) == (own.ndim == 1 or own.numel() < 2), name
     assert relative(twin(x), model(x)) > 1e-2
-    assert not torch.equal(twin(x), input_study.shuffled(model, x, seed=1)(x))
+    assert not torch.equal(twin(x), input_limits.shuffled(model, x, seed=1)(x))
     if family == "resnet":  # statistics are those of the shuffled network
         z = sites.capture(twin, ["layer1.0.bn1:input"], x)["layer1.0.bn1:input"]
         torch.testing.assert_close(twin.layer1[0].bn1.running_mean, z.mean((0, 2, 3)), rtol=1e-2, atol=1e-2)
 
 
 def test_measured_residuals_are_those_of_the_prompts():
-    values = input_study.measure_residuals({"name": "vit_micro", "device": "cpu"}, "textures", RECIPE, 4e-3)
+    values = input_limits.measure_residuals({"name": "vit_micro", "device": "cpu"}, "textures", RECIPE, 4e-3)
     assert set(values) == {"full", "channel"}
     assert values["channel"]["residual"] == pytest.approx(math.sqrt(1 / 65))  # W of full rank: the class token's share
     assert values["full"]["random_residual"] == pytest.approx(math.sqrt(1 / 65), rel=0.2)
@@ -453,7 +457,7 @@ def test_measured_residuals_are_those_of_the_prompts():
 
 def test_measured_universality_has_a_value_for_every_site_network_prompt_and_group():
     config = {"backbone": {"name": "resnet_micro", "device": "cpu"}, "task": "textures", "recipe": RECIPE}
-    measured = input_study.measure_universality(**config, learning_rate=4e-3, num_images=4, num_groups=2)
+    measured = input_limits.measure_universality(**config, learning_rate=4e-3, num_images=4, num_groups=2)
     assert measured["sites"] == sites.list_sites(backbones.load("resnet_micro"))
     assert len(measured["rows"]) == 2 * 2 * 2
     for row in measured["rows"]:

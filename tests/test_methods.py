@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from apthory import backbones, methods, prompts, sites
+from apthory import backbones, methods, sites
 from apthory.heads import LinearHeads
 from apthory.methods import METHODS, ActivationPrompting, FixedPrompt, FullFineTuning, LinearProbe, NormTuning
 
@@ -53,16 +53,16 @@ def test_every_method_starts_at_the_backbone_itself(name: str, family: str):
 
 @pytest.mark.parametrize("shape", ["full", "channel"])
 @pytest.mark.parametrize("family", SITE)
-def test_a_bundle_of_prompts_adds_to_each_configuration_its_own(family: str, shape: prompts.Shape):
+def test_a_bundle_of_prompts_adds_to_each_configuration_its_own(family: str, shape: methods.Shape):
     backbone, x = tiny.backbone(family), tiny.images(family, 3)
     body = start(ActivationPrompting(site=SITE[family], shape=shape), family)
     shift = body.edits["prompt"]
     disturb(shift)
     shift.unit[0], shift.unit[1] = 0.5, 2.0
     for one, values, unit in zip(features(body, x, 2), shift.values, (0.5, 2.0), strict=True):
-        prompt = prompts.ActivationPrompt(SITE[family], unit * values.detach(), shape)
+        prompt = methods.ActivationPrompt(SITE[family], unit * values.detach(), shape)
         with torch.no_grad():
-            expected = prompts.PromptedBackbone(backbone, prompt)(x)
+            expected = methods.PromptedBackbone(backbone, prompt)(x)
         torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -188,24 +188,24 @@ def test_every_method_can_be_had_at_every_block_site_of_a_shipped_backbone(name:
 
 @pytest.mark.parametrize("shape", ["full", "channel"])
 @pytest.mark.parametrize("family", SITE)
-def test_a_fixed_prompt_has_the_norm_asked_for_and_a_direction_of_its_seed(family: str, shape: prompts.Shape):
+def test_a_fixed_prompt_has_the_norm_asked_for_and_a_direction_of_its_seed(family: str, shape: methods.Shape):
     backbone, x = tiny.backbone(family), tiny.images(family, 2)
     seen = {}
     for seed in (0, 1):
         body = start(FixedPrompt(site=SITE[family], norm=7.0, seed=seed, shape=shape), family)
-        (prompt,) = (m for m in body.prefix.modules() if isinstance(m, prompts.ActivationPrompt))
+        (prompt,) = (m for m in body.prefix.modules() if isinstance(m, methods.ActivationPrompt))
         spread = prompt.delta.expand(sites.site_shape(backbone, SITE[family]))
         assert float(spread.norm()) == pytest.approx(7.0, rel=1e-5)
         assert not any(p.requires_grad for p in body.prefix.parameters())
         assert not list(body.edits.parameters())
         with torch.no_grad():
-            expected = prompts.PromptedBackbone(backbone, prompt)(x)
+            expected = methods.PromptedBackbone(backbone, prompt)(x)
         assert torch.equal(features(body, x, 1)[0], expected)
         seen[seed] = prompt.delta
     cosine = torch.cosine_similarity(seen[0].flatten(), seen[1].flatten(), dim=0)
     assert abs(cosine) < 5 / seen[0].numel() ** 0.5
     again = start(FixedPrompt(site=SITE[family], norm=7.0, seed=1, shape=shape), family)
-    (prompt,) = (m for m in again.prefix.modules() if isinstance(m, prompts.ActivationPrompt))
+    (prompt,) = (m for m in again.prefix.modules() if isinstance(m, methods.ActivationPrompt))
     assert torch.equal(prompt.delta, seen[1])
 
 

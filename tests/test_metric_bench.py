@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from apthory import backbones, metric_bench, records
+from apthory import backbones
+from apthory.benchmarks import metrics
+from apthory.lab import records
 from apthory.metrics import attention, similarity
 
 REASON = "torch-cka is not installed (extra bench)"
@@ -26,7 +28,7 @@ def record(tmp_path_factory):
         "num_repeats": 2,
         "num_maps": 2,
     }
-    return records.fetch(metric_bench.race, config, folder=tmp_path_factory.mktemp("records"))
+    return records.fetch(metrics.race, config, folder=tmp_path_factory.mktemp("records"))
 
 
 def test_every_piece_of_work_is_timed(record):
@@ -47,7 +49,7 @@ def test_both_tools_agree_with_float64_where_features_have_no_mean_and_ours_wher
 
 
 def test_ratios_are_those_of_medians(record):
-    table = metric_bench.summarize(record)
+    table = metrics.summarize(record)
     for kind in ("end to end", "CKA part"):
         ratio = table[f"{kind}, torch-cka (s)"] / table[f"{kind}, ours (s)"]
         assert table[f"{kind}, torch-cka / ours"] == pytest.approx(ratio)
@@ -66,13 +68,13 @@ def test_stored_features_give_what_the_network_gives_with_both_tools():
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images), 6)
     with torch.no_grad():
         batches = [list(metric_bench.sites.capture(model, blocks, x).values()) for x in images.split(6)]
-    stored = metric_bench._Stored(batches)
+    stored = metrics._Stored(batches)
     ours = similarity.layer_similarity(model, None, images, blocks, batch_size=6).to_numpy()
     again = similarity.layer_similarity(stored, None, stored.loader, stored.places).to_numpy()
     assert ours == pytest.approx(again, abs=1e-12)
     for theirs in (
-        metric_bench._peer(model, blocks, loader, images.device),
-        metric_bench._peer(stored, stored.places, stored.loader, images.device),
+        metrics._peer(model, blocks, loader, images.device),
+        metrics._peer(stored, stored.places, stored.loader, images.device),
     ):
         assert theirs.numpy() == pytest.approx(ours, abs=1e-2)
     assert not any(module._forward_hooks for module in model.modules())
@@ -81,10 +83,10 @@ def test_stored_features_give_what_the_network_gives_with_both_tools():
 def test_loops_over_maps_give_the_fast_distances():
     maps = torch.randn(2, 3, 13, 13, generator=torch.Generator().manual_seed(0)).softmax(-1)
     fast = attention.mean_attention_distance(maps, (3, 4), 1, class_token="drop")
-    slow = torch.stack([metric_bench._loop_distance(one, (3, 4), lambda step: math.hypot(*step)) for one in maps])
+    slow = torch.stack([metrics._loop_distance(one, (3, 4), lambda step: math.hypot(*step)) for one in maps])
     torch.testing.assert_close(fast, slow)
 
 
 def test_batches_must_be_whole():
     with pytest.raises(ValueError, match="10 images make no whole batches of 4"):
-        metric_bench.race({"name": "vit_micro"}, 10, 4)
+        metrics.race({"name": "vit_micro"}, 10, 4)

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -17,9 +18,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from apthory import notebooks, records
 from apthory.__main__ import app
-from apthory.progress import progress
+from apthory._tools.progress import progress
+from apthory.lab import notebooks, records
 
 REPOSITORY = Path(notebooks.__file__).parents[1]
 
@@ -48,8 +49,8 @@ import pandas as pd
 from sums import total
 from tqdm.auto import tqdm
 
-from apthory import figures, notebooks, records
-from apthory.progress import progress
+from apthory._tools.progress import progress
+from apthory.lab import claims, figures, records
 
 print("first")
 for step in progress(range(3), desc="counting"):
@@ -71,11 +72,11 @@ with figures.theme():
 # %%
 change = record["sums"][-1] - record["sums"][0]
 scope = {"suite": suite, "backbones": ["resnet_micro"], "tasks": [], "seeds": [], "made_from": [record]}
-notebooks.verdict("AP-11", change - 3, None, **scope)
+claims.verdict("AP-11", change - 3, None, **scope)
 """
 
 SUMS = """\
-from apthory import records
+from apthory.lab import records
 
 
 @records.versioned(1, name="sums.total")
@@ -137,6 +138,7 @@ def inside(executed, monkeypatch):
     """The command `apthory`, called inside the executed project."""
     monkeypatch.setenv("APTHORY_ROOT", str(executed["project"]))
     monkeypatch.syspath_prepend(executed["project"])
+    importlib.import_module("sums")  # its function is known to `check` by name alone
     yield lambda *arguments: CliRunner().invoke(app, arguments)
     sys.modules.pop("sums", None)
 

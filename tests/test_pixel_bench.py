@@ -2,7 +2,8 @@
 
 import pytest
 
-from apthory import pixel_bench, records
+from apthory.benchmarks import pixels
+from apthory.lab import records
 
 
 @pytest.mark.parametrize("backbone", ["resnet_micro", "vit_micro"])
@@ -10,7 +11,7 @@ def test_steps_and_the_mapping_are_timed_and_their_ratios_follow(tmp_path, backb
     sizes = {"batch_size": 16, "num_train": 32, "num_validation": 16, "num_test": 16}
     recipe = {"num_epochs": 1, **sizes, "precision": "float32"}
     config = {"backbone": {"name": backbone, "device": "cpu"}, "recipe": recipe, "num_repeats": 2}
-    record = records.fetch(pixel_bench.race, config, folder=tmp_path)
+    record = records.fetch(pixels.race, config, folder=tmp_path)
     assert {name: len(values) for name, values in record["step_over_bare"].items()} == {
         "vp": 2,
         "evp": 2,
@@ -21,7 +22,7 @@ def test_steps_and_the_mapping_are_timed_and_their_ratios_follow(tmp_path, backb
     assert list(seconds) == ["start, trained head", "start, mapping", "run, mapping"]
     # A run begins with such a start. The least times, so that a stall of a busy machine does not decide.
     assert min(record["seconds"]["run, mapping"]) > min(record["seconds"]["start, mapping"]) > 0
-    table = pixel_bench.summarize(record)
+    table = pixels.summarize(record)
     assert table["step of evp / bare"] == pytest.approx(sum(record["step_over_bare"]["evp"]) / 2)
     extra = seconds["start, mapping"] - seconds["start, trained head"]
     assert table["mapping / run"] == pytest.approx(extra / seconds["run, mapping"])

@@ -11,26 +11,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from apthory import (
-    backbones,
-    mask_study,
-    methods,
-    pixel_study,
-    pixel_suites,
-    pixels,
-    record_format,
-    records,
-    sites,
-    studies,
-    sweeps,
-    tasks,
-    training,
-)
-from apthory.pixel_study import Part
+from apthory import backbones, methods, sites, tasks, training
+from apthory.lab import records
+from apthory.methods import pixels
+from apthory.studies import catalogue, cells, layers, masks, pixel_grids, record_format
+from apthory.studies import pixels as pixel_study
+from apthory.studies.pixels import Part
 
 SMALL = {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 32, "input_size": 32}
 RECIPE = training.Recipe(num_epochs=2, batch_size=16, num_train=24, num_validation=9, num_test=12, precision="float32")
-PROTOCOL = sweeps.Protocol(recipe=RECIPE, learning_rates=(2e-2,), seeds=(0, 1), control_seeds=(0,))
+PROTOCOL = cells.Protocol(recipe=RECIPE, learning_rates=(2e-2,), seeds=(0, 1), control_seeds=(0,))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +45,7 @@ def part(spec: dict) -> Part:
 
 
 def config(spec: dict, method: dict, **fields) -> dict:
-    return sweeps.cell(replace(PROTOCOL, seeds=(0,)), spec, "textures", method) | fields
+    return cells.cell(replace(PROTOCOL, seeds=(0,)), spec, "textures", method) | fields
 
 
 # ------------------------------------------------------------------------------------------ cells
@@ -63,26 +53,26 @@ def config(spec: dict, method: dict, **fields) -> dict:
 
 def test_cells_of_the_default_protocol_are_those_of_the_layer_study():
     some = {"backbones": ({"name": "resnet_micro"},), "tasks": ("dtd10",)}
-    layer = list(sweeps.cells(replace(sweeps.STUDIES["small"]["S"], **some, norm_every=99, frozen_every=99)))
-    main = replace(pixel_suites.STUDIES["small"]["pixels"]["methods"], **some)
-    for names, cell in pixel_study.cells({"methods": main}):
+    layer = list(layers.configurations(replace(layers.STUDIES["small"]["S"], **some, norm_every=99, frozen_every=99)))
+    main = replace(pixel_grids.STUDIES["small"]["pixels"]["methods"], **some)
+    for names, cell in pixel_study.configurations({"methods": main}):
         assert (cell in layer) == (names["arm"] in ("ap", "linear_probe", "full"))
 
 
 @pytest.mark.parametrize("name", backbones.SHIPPED)
 def test_places_are_all_block_sites_but_the_image(name: str):
-    assert list(pixel_suites.PLACES[name]) == sites.list_sites(backbones.create(name))[1:]
+    assert list(pixel_grids.PLACES[name]) == sites.list_sites(backbones.create(name))[1:]
 
 
 def test_places_of_mobilenet_exist():
     model = backbones.create("mobilenetv2_100", pad_type="same")
-    assert set(pixel_suites.PLACES["mobilenetv2_100"]) <= set(sites.list_sites(model))
+    assert set(pixel_grids.PLACES["mobilenetv2_100"]) <= set(sites.list_sites(model))
 
 
 def test_lengths_are_scaled_to_the_input_and_the_default_is_one_cell(part: Part):
-    arms = {"evp": pixel_suites._wide("evp", 30), "wide": pixel_suites._wide("evp", 60, around=False)}
+    arms = {"evp": pixel_grids._wide("evp", 30), "wide": pixel_grids._wide("evp", 60, around=False)}
     arms |= {"regions": {"name": "adavipro", "region": 56}}
-    found = [cell["method"] for _, cell in pixel_study.cells({"x": replace(part, arms=arms)})]
+    found = [cell["method"] for _, cell in pixel_study.configurations({"x": replace(part, arms=arms)})]
     assert found == [
         {"name": "evp"},
         {"name": "evp", "width": 9, "around": False},
@@ -92,21 +82,21 @@ def test_lengths_are_scaled_to_the_input_and_the_default_is_one_cell(part: Part)
 
 def test_only_full_fine_tuning_is_a_control_and_an_unprompted_mapping_trains_nothing(part: Part):
     heads = {"linear": None, "frequency": {"how": "frequency"}}
-    found = {(n["arm"], n["head"]): c for n, c in pixel_study.cells({"x": replace(part, heads=heads)})}
+    found = {(n["arm"], n["head"]): c for n, c in pixel_study.configurations({"x": replace(part, heads=heads)})}
     assert {arm: len(cell["seeds"]) for (arm, _), cell in found.items()} == {"evp": 2, "linear_probe": 2, "full": 1}
     assert [key for key, cell in found.items() if cell["recipe"]["num_epochs"] == 1] == [("linear_probe", "frequency")]
     assert all(("head" in cell) == (head == "frequency") for (_, head), cell in found.items())
 
 
 def test_images_per_class_follow_the_task(part: Part):
-    cells = pixel_study.cells({"x": replace(part, per_class=4, tasks=("textures", "orientation"))})
-    assert {cell["task"]: cell["recipe"]["num_train"] for _, cell in cells} == {"textures": 36, "orientation": 24}
+    found = pixel_study.configurations({"x": replace(part, per_class=4, tasks=("textures", "orientation"))})
+    assert {cell["task"]: cell["recipe"]["num_train"] for _, cell in found} == {"textures": 36, "orientation": 24}
 
 
 def test_few_images_are_trained_on_for_as_many_steps_as_the_usual_number():
-    parts = pixel_suites.STUDIES["small"]["pixels"]
+    parts = pixel_grids.STUDIES["small"]["pixels"]
     few = {name: parts[name] for name in ("4 per class", "16 per class")}
-    for names, cell in pixel_study.cells(few):
+    for names, cell in pixel_study.configurations(few):
         recipe = cell["recipe"]
         epochs, steps = recipe["num_epochs"], -(-recipe["num_train"] // recipe["batch_size"])
         assert epochs == 60 or abs(epochs * steps - 130) <= steps / 2, (names, cell["task"])  # 10 epochs of 13 steps
@@ -117,19 +107,19 @@ def test_numbers_of_classes_are_the_tasks(name: str):
     assert pixel_study.NUM_CLASSES[name] == len(tasks.load(name, 32).classes)
 
 
-@pytest.mark.parametrize("suite", pixel_suites.STUDIES)
+@pytest.mark.parametrize("suite", pixel_grids.STUDIES)
 def test_every_named_cell_can_be_made(suite: str):
-    for study in pixel_suites.STUDIES[suite].values():
-        for _, cell in pixel_study.cells(study):
+    for study in pixel_grids.STUDIES[suite].values():
+        for _, cell in pixel_study.configurations(study):
             assert json.loads(json.dumps(cell)) == cell
             record_format.method_of(cell["method"])
             training.Recipe(**cell["recipe"])
 
 
 def test_the_command_knows_these_studies_and_the_layer_studies():
-    known = studies.known()
+    known = catalogue.known()
     assert {"S", "mobilenet", "pixels", "pixels-mobilenet", "masks"} <= set(known["small"])
-    assert sweeps.find_studies("small", "pixels", known)["pixels"] is pixel_suites.STUDIES["small"]["pixels"]
+    assert layers.find_studies("small", "pixels", known)["pixels"] is pixel_grids.STUDIES["small"]["pixels"]
 
 
 # ------------------------------------------------------------------------------------------ a study
@@ -145,7 +135,7 @@ def table(spec: dict, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
         "methods": Part(arms=arms, places=places, **shared),
         "again": Part(arms={"same": {"name": "vp"}}, **shared),
         "mapping": Part(arms={"evp": {"name": "evp"}}, heads={"random": {"how": "random"}}, **shared),
-        "shift": Part(arms={"vp": {"name": "vp"}}, shifts=pixel_suites.CORRUPTIONS[::4], **shared),
+        "shift": Part(arms={"vp": {"name": "vp"}}, shifts=pixel_grids.CORRUPTIONS[::4], **shared),
     }
     return pixel_study.run_study(study, folder)
 
@@ -167,7 +157,7 @@ def test_a_cell_with_shifts_is_the_plain_cell_too(spec: dict, tmp_path: Path):
     vp = {"vp": {"name": "vp"}}
     study = {
         "methods": Part(arms=vp, **shared),
-        "corruptions": Part(arms=vp, shifts=pixel_suites.CORRUPTIONS[:2], **shared),
+        "corruptions": Part(arms=vp, shifts=pixel_grids.CORRUPTIONS[:2], **shared),
     }
     table = pixel_study.run_study(study, tmp_path)
     assert len(list(tmp_path.glob("*.json"))) == 1
@@ -196,7 +186,7 @@ def test_the_choice_is_by_mean_validation_accuracy(table: pd.DataFrame):
     ap = table[table["arm"] == "ap"].copy()
     ap["validation_accuracy"] = [50.0, 60.0, 90.0, 10.0]
     ap["accuracy"] = [0.0, 0.0, 100.0, 100.0]
-    assert set(sweeps.best(ap, "site")["site"]) == {"blocks.0:input"}
+    assert set(cells.best(ap, "site")["site"]) == {"blocks.0:input"}
 
 
 def test_shifted_rows_stand_beside_the_own_test_part(table: pd.DataFrame):
@@ -264,20 +254,20 @@ def test_distances_are_means_over_all_pairs():
     for several in (values, (values < 0.3).float()):
         gaps = [(group[i] - group[j]).abs().double() for group in several for i in range(5) for j in range(i)]
         expected = float((torch.stack(gaps).mean(0) * weights).sum())
-        assert mask_study.mean_distance(several, weights) == pytest.approx(expected)
+        assert masks.mean_distance(several, weights) == pytest.approx(expected)
     with pytest.raises(ValueError, match="at least two"):
-        mask_study.mean_distance(values[:, :1], weights)
+        masks.mean_distance(values[:, :1], weights)
 
 
 def test_regions_weigh_as_much_as_the_frame_has_pixels_in_them():
     layout = pixels.Layout(size=32, mean=(0.5,) * 3, std=(0.5,) * 3, width=5, region=4)
-    found = mask_study.frame_pixels(layout)
+    found = masks.frame_pixels(layout)
     assert found[0].tolist() == [16.0] * 8
     assert found[1].tolist() == [16.0, 7.0, 4.0, 4.0, 4.0, 4.0, 7.0, 16.0]  # one of the frame's pixels reaches here
     assert found.sum() == 32**2 - 22**2
     assert not found[2:-2, 2:-2].any()
     with pytest.raises(ValueError, match="no regions"):
-        mask_study.frame_pixels(replace(layout, region=None))
+        masks.frame_pixels(replace(layout, region=None))
 
 
 def on_frame(prompt: nn.Module, masks: Tensor) -> Tensor:
@@ -295,33 +285,33 @@ def drawn(spec: dict) -> tuple[dict, dict]:
 
 def test_a_drawn_prompt_is_the_trained_one(drawn: tuple[dict, dict], spec: dict, tmp_path: Path):
     _, again = drawn
-    record = records.fetch(mask_study.draw_prompt, {**again, "seed": 0, "num_images": 3}, folder=tmp_path)
+    record = records.fetch(masks.draw_prompt, {**again, "seed": 0, "num_images": 3}, folder=tmp_path)
     model, task = backbones.load(**spec), tasks.load("textures", 32)
     (fit,) = training.fit(
         model, task, methods.AdaViPro(width=5), [training.Configuration(learning_rate=2e-2)], recipe=RECIPE
     )
-    x = training.normalized(model, task.test, fit.split.test[:3])
+    x = backbones.normalize(model, task.test[fit.split.test[:3]])
     _, std = backbones.mean_std(model)
     expected = (fit.prompt(x) - x) * std
     assert record["images"] == fit.split.test[:3].tolist()
-    assert torch.allclose(mask_study.unpack(record), expected, atol=0.51 / 255)
+    assert torch.allclose(masks.unpack(record), expected, atol=0.51 / 255)
     assert record["share"] == pytest.approx(on_frame(fit.prompt, fit.prompt.regions(x)).mean(1).tolist())
 
 
 def test_measured_masks_are_those_of_the_fits(drawn: tuple[dict, dict], spec: dict):
     _, again = drawn
-    values = mask_study.measure_masks(**again, seeds=[0, 1], num_images=6)
+    values = masks.measure_masks(**again, seeds=[0, 1], num_images=6)
     model, task = backbones.load(**spec), tasks.load("textures", 32)
     bundle = [training.Configuration(learning_rate=2e-2, seed=seed) for seed in (0, 1)]
     fits = training.fit(model, task, methods.AdaViPro(width=5), bundle, recipe=RECIPE)
-    x = training.normalized(model, task.test, fits[0].split.test[:6])
-    masks = torch.stack([on_frame(fit.prompt, fit.prompt.regions(x)) for fit in fits])
-    assert values["share"] == pytest.approx(float(masks.mean()))
-    assert values["between_seeds"] == pytest.approx(float((masks[0] != masks[1]).double().mean()))
+    x = backbones.normalize(model, task.test[fits[0].split.test[:6]])
+    shown = torch.stack([on_frame(fit.prompt, fit.prompt.regions(x)) for fit in fits])
+    assert values["share"] == pytest.approx(float(shown.mean()))
+    assert values["between_seeds"] == pytest.approx(float((shown[0] != shown[1]).double().mean()))
     chances = torch.stack([fit.prompt.probabilities(x) for fit in fits])
     by_pixel = torch.stack([on_frame(fit.prompt, chance) for fit, chance in zip(fits, chances, strict=True)])
     apart = float((by_pixel[0] - by_pixel[1]).abs().mean())
     assert values["probability_between_seeds"] == pytest.approx(apart, abs=1e-6)
-    reached = mask_study.frame_pixels(fits[0].prompt.layout) > 0
+    reached = masks.frame_pixels(fits[0].prompt.layout) > 0
     assert values["num_regions"] == int(reached.sum()) == 64 - 16
     assert values["probability"][1] == pytest.approx(float(chances[..., reached].flatten().quantile(0.5)))

@@ -16,11 +16,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from apthory import backbones, diversity, efficiency, limits, methods, pixels, prompts, regions, sites, tasks, training
+from apthory import backbones, costs, equivalence, methods, sites, tasks, training
 from apthory.heads import Heads
-from apthory.methods import EVP, VP, AdaViPro
-from apthory.pixels import Layout, Overlay, PixelPrompt
+from apthory.methods import EVP, VP, AdaViPro, files, pixels
+from apthory.methods.pixels import Layout, Overlay, PixelPrompt, augmentation, regions
 from apthory.training import Configuration, Fit, Recipe
+from apthory.training.optimizer import Optimizer
 
 RECIPE = Recipe(num_epochs=3, batch_size=16, num_train=40, num_validation=12, num_test=20, precision="float32")
 BUNDLE = [Configuration(learning_rate=2e-2, seed=0), Configuration(learning_rate=5e-3, seed=3)]
@@ -146,13 +147,13 @@ def test_a_frame_of_whole_patches_is_prompt_tokens():
     backbone = tiny.backbone("vit", torch.float64)
     where = layout(32, 8, around=True, normalized=False)
     x, prompt = images(3, dtype=torch.float64), PixelPrompt(filled(where))
-    found = limits.reach(backbone)
+    found = equivalence.reach(backbone)
     painted = prompt(x)
-    own, tokens = limits.as_tokens(found, pixels.shrunk(x, where), painted[0])
+    own, tokens = equivalence.as_tokens(found, pixels.shrunk(x, where), painted[0])
     assert len(tokens) == 12
     _, blocks = sites.split(backbone, found.site)
     features = blocks(torch.cat([own, tokens.expand(3, -1, -1)], dim=1))
-    prompted = prompts.PromptedBackbone(backbone, prompt)(x)
+    prompted = methods.PromptedBackbone(backbone, prompt)(x)
     torch.testing.assert_close(features, prompted, rtol=1e-11, atol=1e-11)
 
 
@@ -430,7 +431,7 @@ def test_a_cache_of_another_width_is_refused(task: tasks.Task):
 def test_prompt_and_mask_generator_learn_at_their_own_rates():
     method, backbone = AdaViPro(dim=4, rate=4.0, generator_rate=0.1), tiny.backbone("vit")
     body = method.build(backbone, 2)
-    optimizer = training._Optimizer(body, Heads(), method, BUNDLE, RECIPE)
+    optimizer = Optimizer(body, Heads(), method, BUNDLE, RECIPE)
     rates = {p.shape: rate.flatten().tolist() for p, rate, _ in optimizer.parameters}
     assert len(rates) == 5
     for shape, rate in rates.items():
@@ -626,7 +627,7 @@ def test_the_temperature_falls_by_epoch_down_to_the_floor():
 def test_flips_and_crops_are_windows_of_the_reflected_image():
     x = images(12, 16)
     found = set()
-    moved = diversity.flipped_and_cropped(x, [torch.Generator().manual_seed(k) for k in range(2)])
+    moved = augmentation.flipped_and_cropped(x, [torch.Generator().manual_seed(k) for k in range(2)])
     for image, result in zip(x, moved, strict=True):
         padded = np.pad(image.numpy(), ((0, 0), (2, 2), (2, 2)), mode="reflect")
         windows = {
@@ -643,27 +644,27 @@ def test_flips_and_crops_are_windows_of_the_reflected_image():
 
 def test_flips_alone_and_crops_alone():
     x, generators = images(64, 16), [torch.Generator().manual_seed(0)]
-    flipped = diversity.flipped_and_cropped(x, generators, crop=False)
+    flipped = augmentation.flipped_and_cropped(x, generators, crop=False)
     is_same = [torch.equal(a, b) for a, b in zip(x, flipped, strict=True)]
     is_mirrored = [torch.equal(a.flip(-1), b) for a, b in zip(x, flipped, strict=True)]
     assert all(a != b for a, b in zip(is_same, is_mirrored, strict=True))
     assert 16 < sum(is_mirrored) < 48
     ramp = torch.arange(16.0).expand(64, 3, 16, 16)
-    assert (diversity.flipped_and_cropped(ramp, generators, flip=False)[..., 5:8].diff() > 0).all()
+    assert (augmentation.flipped_and_cropped(ramp, generators, flip=False)[..., 5:8].diff() > 0).all()
 
 
 def test_randaugment_gives_images_of_whole_levels_and_leaves_the_process_alone():
     x, generators = images(16, 16), [torch.Generator().manual_seed(k) for k in (0, 1)]
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in STATISTICS.values())
     before = torch.get_rng_state()
-    changed = diversity.randaugmented(x, generators, mean, std)
+    changed = augmentation.randaugmented(x, generators, mean, std)
     assert torch.equal(torch.get_rng_state(), before)
     levels = 255 * (changed * std + mean)
     assert (levels - levels.round()).abs().max() < 1e-3
     assert levels.min() > -1e-3
     assert levels.max() < 255 + 1e-3
     assert sum(bool((a - b).abs().max() > 0.1) for a, b in zip(x, changed, strict=True)) > 8
-    alone = diversity.randaugmented(x[8:], [torch.Generator().manual_seed(1)], mean, std)
+    alone = augmentation.randaugmented(x[8:], [torch.Generator().manual_seed(1)], mean, std)
     assert torch.equal(alone, changed[8:])
 
 
@@ -704,7 +705,7 @@ def test_the_exported_and_the_loaded_model_predict_what_evaluate_counts(
     backbone = tiny.backbone("resnet")
     for fit, evaluation in zip(fits[name], training.evaluate(task, fits[name]), strict=True):
         x = reference.normalized(backbone, task.test, fit.split.test)
-        loaded = prompts.load(fit.save(tmp_path / "prompt.safetensors"), backbone)
+        loaded = files.load(fit.save(tmp_path / "prompt.safetensors"), backbone)
         with torch.no_grad():
             logits = fit.model(x)
             assert torch.equal(loaded(x), logits)
@@ -746,15 +747,15 @@ def test_a_step_costs_no_more_than_a_tenth_above_forward_and_backward(family: st
     backbone = tiny.backbone(family)
     bundle = training.Bundle(backbone, task, method, BUNDLE[:1], RECIPE)
     chunks = [bundle.splits[0].train[:16]]
-    x = training.normalized(backbone, task.train, chunks[0]).requires_grad_(True)
+    x = backbones.normalize(backbone, task.train[chunks[0]]).requires_grad_(True)
 
     def bare() -> None:
         backbone(x).sum().backward()
 
-    assert efficiency.count_flops(lambda: bundle.step(chunks, 0.5)) <= 1.1 * efficiency.count_flops(bare)
+    assert costs.count_flops(lambda: bundle.step(chunks, 0.5)) <= 1.1 * costs.count_flops(bare)
     image = x.numel() * x.element_size()
-    steps = efficiency.peak_memory(lambda: bundle.step(chunks, 0.5))
-    assert steps <= efficiency.peak_memory(bare) + 4 * image
+    steps = costs.peak_memory(lambda: bundle.step(chunks, 0.5))
+    assert steps <= costs.peak_memory(bare) + 4 * image
 
 
 def test_names_of_methods_are_the_fields():

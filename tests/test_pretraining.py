@@ -17,7 +17,10 @@ import typer
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from apthory import backbones, determinism, pretraining, records, tasks
+from apthory import __main__ as command
+from apthory import backbones, pretraining, tasks
+from apthory._tools.determinism import random_stream
+from apthory._tools.files import write_atomically
 from apthory.pretraining import Config, cards, crop_and_flip, export, exports, pretrain, run, ship
 from apthory.tasks import Images, Task
 
@@ -147,7 +150,7 @@ def test_ctrl_c_names_the_checkpoint_and_the_command_ends_with_130(task, finishe
     monkeypatch.setattr(tasks, "load", lambda *_: task)
     monkeypatch.setattr(run.Run, "_require_finite", interrupt)
     app = typer.Typer()
-    app.command()(pretraining.command)
+    app.command()(command.pretrain)
     skipped = ("data", "backbone")
     options = {field.name: getattr(small_config(), field.name) for field in fields(Config)}
     given = {f"--{name.replace('_', '-')}": value for name, value in options.items() if name not in skipped}
@@ -165,7 +168,7 @@ def test_ctrl_c_names_the_checkpoint_and_the_command_ends_with_130(task, finishe
 
 
 def test_the_command_offers_every_field_of_the_configuration_with_its_default():
-    parameters = inspect.signature(pretraining.command).parameters
+    parameters = inspect.signature(command.pretrain).parameters
     for field in fields(Config):
         if field.name != "backbone":
             assert parameters[field.name].default == field.default, field.name
@@ -200,7 +203,7 @@ def test_a_corrupt_checkpoint_is_set_aside_and_the_one_before_it_used(task, fini
         if epoch == 2:
             content[len(content) // 2] ^= 1
             content = {"one byte": content, "cut": content[:5000], "empty": b""}[damage]
-        records.write_atomically(tmp_path / f"checkpoints/epoch-{epoch:04d}.pt", bytes(content))
+        write_atomically(tmp_path / f"checkpoints/epoch-{epoch:04d}.pt", bytes(content))
     with pytest.raises(ValueError, match="corrupt"):
         export(tmp_path / "checkpoints/epoch-0002.pt", tmp_path / "any.safetensors", task=task)
     with pytest.warns(RuntimeWarning, match=r"epoch-0002.pt is corrupt, set aside as epoch-0002.pt.corrupt"):
@@ -279,7 +282,7 @@ def test_the_model_card_tells_what_was_done_and_the_random_start_is_exported_unt
 def test_a_run_may_begin_with_the_average_of_another_and_its_card_tells_of_both(task, finished, tmp_path, monkeypatch):
     first = finished / "checkpoints/epoch-0002.pt"
     gentle = small_config(epochs=1, warmup_epochs=0.0, randaugment=None, mixup=0.0)
-    streams, stream = [], determinism.random_stream
+    streams, stream = [], random_stream
     monkeypatch.setattr(
         run, "random_stream", lambda seed, index, *rest: streams.append(index) or stream(seed, index, *rest)
     )
@@ -414,7 +417,7 @@ def test_epochs_and_seeds_draw_from_streams_of_their_own():
     draws = {}
     for seed in range(3):
         for epoch in range(3):
-            with determinism.random_stream(seed, epoch, torch.device("cpu")) as generator:
+            with random_stream(seed, epoch, torch.device("cpu")) as generator:
                 draws[seed, epoch] = (torch.rand(1).item(), torch.rand(1, generator=generator).item())
     assert len({value for pair in draws.values() for value in pair}) == 18
 
@@ -509,7 +512,7 @@ def test_shipping_replaces_all_of_a_backbone_and_leaves_the_others(exported, tmp
     assert (folder / last.name).read_bytes() == last.read_bytes()
     assert (folder / "vit_micro.md").read_text() == cards.text(cards.read(last))
 
-    monkeypatch.setattr(backbones, "shipped_folder", lambda: folder)
+    monkeypatch.setattr(backbones.loading, "shipped_folder", lambda: folder)
     assert backbones.stages("vit_micro") == ("vit_micro.random", "vit_micro.epoch-0008", "vit_micro")
     assert backbones.card("vit_micro.epoch-0008")["epochs"] == 8
     model = backbones.load("vit_micro.epoch-0008", device="cpu")

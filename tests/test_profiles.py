@@ -9,8 +9,9 @@ import tiny
 import torch
 from torch import nn
 
-from apthory import backbones, global_study, profiles, sites
-from apthory.metrics import attention, receptive, similarity, spectrum
+from apthory import backbones, metrics, sites
+from apthory.metrics import attention, profile, receptive, similarity, spectrum
+from apthory.studies import global_features
 
 TASK = {"task": "orientation", "size": 64}
 
@@ -23,7 +24,7 @@ def num_hooks(model: nn.Module) -> int:
 def test_a_profile_holds_what_each_metric_gives_alone(family: str):
     model, x = tiny.backbone(family), tiny.images(family, 6)
     before = backbones.digest(model)
-    table = profiles.layer_profile(model, x, batch_size=4, seed=3)
+    table = metrics.layer_profile(model, x, batch_size=4, seed=3)
     assert list(table["site"]) == sites.list_sites(model)
     assert list(table["depth"]) == pytest.approx(torch.linspace(0, 1, len(table)).tolist())
     fields = receptive.receptive_fields(model, x.split(4), generator=torch.Generator().manual_seed(3))
@@ -48,7 +49,7 @@ def test_a_profile_holds_what_each_metric_gives_alone(family: str):
 @pytest.mark.parametrize("family", ["vit", "swin"])
 def test_attention_stands_at_the_input_of_its_block(family: str):
     model, x = tiny.backbone(family), tiny.images(family, 4)
-    table = profiles.layer_profile(model, x).set_index("site")
+    table = metrics.layer_profile(model, x).set_index("site")
     means = attention.attention_profile(model, x).groupby("layer")[["distance_pixels", "entropy"]].mean()
     blocks = {layer.removesuffix(".attn"): row for layer, row in means.iterrows()}
     found = table.dropna(subset="attention_distance")
@@ -63,7 +64,7 @@ def test_attention_stands_at_the_input_of_its_block(family: str):
 def test_what_has_no_meaning_is_nan():
     model, x = tiny.backbone("resnet"), tiny.images("resnet", 4)
     places = ["layer2.0.bn1", "layer1.0:input", ":output"]
-    table = profiles.layer_profile(model, x, places).set_index("site")
+    table = metrics.layer_profile(model, x, places).set_index("site")
     assert list(table.index) == places
     assert table["attention_distance"].isna().all()
     assert math.isnan(table["depth"]["layer2.0.bn1"])
@@ -81,7 +82,7 @@ def test_a_layer_of_unknown_reach_leaves_the_theoretical_field_open():
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.last(self.first(x).cumsum(-1)).flatten(1)
 
-    table = profiles.layer_profile(Odd().eval(), torch.randn(4, 3, 8, 8), ["first", "last"])
+    table = metrics.layer_profile(Odd().eval(), torch.randn(4, 3, 8, 8), ["first", "last"])
     assert table["field"].isna().all()
     assert table["radius"].notna().all()
 
@@ -92,7 +93,7 @@ def test_attention_that_cannot_be_read_is_left_out_with_the_reason(monkeypatch: 
 
     monkeypatch.setattr(attention, "attention_profile", unreadable)
     with pytest.warns(UserWarning, match="attention is left out, since windows are padded"):
-        table = profiles.layer_profile(tiny.backbone("vit"), tiny.images("vit", 4))
+        table = metrics.layer_profile(tiny.backbone("vit"), tiny.images("vit", 4))
     assert table["attention_distance"].isna().all()
     assert table["radius"].notna().all()
 
@@ -104,8 +105,8 @@ def test_long_work_shows_where_it_is(monkeypatch: pytest.MonkeyPatch):
         shown.append((desc, len(batches)))
         return batches
 
-    monkeypatch.setattr(profiles, "progress", note)
-    profiles.layer_profile(tiny.backbone("vit"), tiny.images("vit", 6), batch_size=2)
+    monkeypatch.setattr(profile, "progress", note)
+    metrics.layer_profile(tiny.backbone("vit"), tiny.images("vit", 6), batch_size=2)
     assert [desc for desc, _ in shown] == ["receptive fields", "gradient reach", "spectra", "similarity", "attention"]
     assert [num for _, num in shown] == [3, 3, 3, 1, 3]
 
@@ -118,14 +119,14 @@ def test_long_work_shows_where_it_is(monkeypatch: pytest.MonkeyPatch):
 ])  # fmt: skip
 def test_images_that_cannot_be_measured_are_refused(change, message: str):
     with pytest.raises(ValueError, match=message):
-        profiles.layer_profile(tiny.backbone("vit"), change(tiny.images("vit", 6)))
+        metrics.layer_profile(tiny.backbone("vit"), change(tiny.images("vit", 6)))
 
 
 def test_training_mode_is_refused_before_any_statistic_moves():
     model = tiny.backbone("resnet").train()
     before = backbones.digest(model)
     with pytest.raises(ValueError, match="training mode"):
-        profiles.layer_profile(model, tiny.images("resnet", 4))
+        metrics.layer_profile(model, tiny.images("resnet", 4))
     assert backbones.digest(model) == before
 
 
@@ -134,10 +135,10 @@ def test_training_mode_is_refused_before_any_statistic_moves():
 
 def test_uniform_attention_of_patches_is_not_heeded_after_the_last_mixing():
     model, x = tiny.backbone("vit"), tiny.images("vit", 5)
-    changes = [global_study.change_if_uniform(model, x, f"blocks.{index}.attn", "patches") for index in range(3)]
+    changes = [global_features.change_if_uniform(model, x, f"blocks.{index}.attn", "patches") for index in range(3)]
     assert changes[2] == 0  # nothing reads the patches after the last block
     assert min(changes[:2]) > 1e-4
-    assert global_study.change_if_uniform(model, x, "blocks.2.attn", "class token") > 1e-4
+    assert global_features.change_if_uniform(model, x, "blocks.2.attn", "class token") > 1e-4
     assert num_hooks(model) == 0
 
 
@@ -159,18 +160,18 @@ def test_queries_of_zero_attend_uniformly():
         plain = model(x)
     spread = (plain - plain.mean(0)).square().sum().sqrt()
     change = float((expected - plain).square().sum().sqrt() / spread)
-    assert global_study.change_if_uniform(model, x, "blocks.0.attn", "patches") == pytest.approx(change, rel=1e-10)
+    assert global_features.change_if_uniform(model, x, "blocks.0.attn", "patches") == pytest.approx(change, rel=1e-10)
 
 
 def test_only_a_joint_projection_can_be_made_uniform():
     with pytest.raises(ValueError, match=r"'blocks\.0\.mlp' has no joint projection"):
-        global_study.change_if_uniform(tiny.backbone("vit"), tiny.images("vit", 2), "blocks.0.mlp", "patches")
+        global_features.change_if_uniform(tiny.backbone("vit"), tiny.images("vit", 2), "blocks.0.mlp", "patches")
 
 
 def test_profiles_are_recorded_with_their_control():
     kept = {}
     for network in ("trained", "shuffled"):
-        values = global_study.measure_profile({"name": "resnet_micro"}, **TASK, network=network, num_images=8)
+        values = global_features.measure_profile({"name": "resnet_micro"}, **TASK, network=network, num_images=8)
         json.dumps(values, allow_nan=False)
         kept[network] = pd.DataFrame(values["sites"])
     trained, shuffled = kept.values()
@@ -181,7 +182,7 @@ def test_profiles_are_recorded_with_their_control():
 
 
 def test_attention_is_recorded_by_block():
-    values = global_study.measure_attention({"name": "vit_micro"}, **TASK, network="trained", num_images=6)
+    values = global_features.measure_attention({"name": "vit_micro"}, **TASK, network="trained", num_images=6)
     rows = pd.DataFrame(values["layers"])
     assert list(rows["layer"]) == [f"blocks.{index}.attn" for index in range(8)]
     assert (rows["distance_with_class_token"] < rows["distance"]).all()
@@ -196,8 +197,8 @@ def test_similarity_of_two_backbones_is_recorded():
     other = {"name": "vit_micro"}
     digest = backbones.digest(backbones.load(**other))
     config = {"backbone": other, **TASK, "other": other, "other_size": 64, "num_images": 12}
-    values = global_study.measure_similarity(**config, other_digest=digest)
+    values = global_features.measure_similarity(**config, other_digest=digest)
     assert values["sites"] == values["other_sites"] == sites.list_sites(backbones.load(**other))[1:]
     assert list(values["cka"].diagonal()) == pytest.approx([1.0] * 9)
     with pytest.raises(ValueError, match=r"weights of 'vit_micro' are not those of the digest 000"):
-        global_study.measure_similarity(**config, other_digest="000")
+        global_features.measure_similarity(**config, other_digest="000")

@@ -11,13 +11,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from apthory import backbones, prompts, sites
-from apthory.prompts import ActivationPrompt, PromptedBackbone
+from apthory import backbones, methods, sites
+from apthory.methods import ActivationPrompt, PromptedBackbone, files
 
 KINDS = ("full", "channel")
 
 
-def random_prompt(backbone: nn.Module, site: str, shape: prompts.Shape = "full", seed: int = 0) -> ActivationPrompt:
+def random_prompt(backbone: nn.Module, site: str, shape: methods.Shape = "full", seed: int = 0) -> ActivationPrompt:
     prompt = ActivationPrompt.zeros(backbone, site, shape)
     with torch.no_grad():
         prompt.delta.normal_(generator=torch.Generator().manual_seed(seed))
@@ -27,7 +27,7 @@ def random_prompt(backbone: nn.Module, site: str, shape: prompts.Shape = "full",
 @torch.no_grad()
 @pytest.mark.parametrize("shape", KINDS)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_zero_prompt_is_the_identity_bit_for_bit(family: str, shape: prompts.Shape):
+def test_a_zero_prompt_is_the_identity_bit_for_bit(family: str, shape: methods.Shape):
     backbone, x = tiny.backbone(family), tiny.images(family, 3)
     for site in (":input", sites.list_sites(backbone)[2], sites.list_sites(backbone, "norm")[2]):
         prompt = ActivationPrompt.zeros(backbone, site, shape)
@@ -75,8 +75,8 @@ def test_a_full_prompt_has_a_value_for_each_unit_and_a_channel_prompt_for_each_c
     family: str, site: str, full: tuple[int, ...], channel: tuple[int, ...]
 ):
     backbone = tiny.backbone(family)
-    assert prompts.prompt_shape(backbone, site) == ActivationPrompt.zeros(backbone, site).delta.shape == full
-    assert prompts.prompt_shape(backbone, site, "channel") == channel
+    assert methods.prompt_shape(backbone, site) == ActivationPrompt.zeros(backbone, site).delta.shape == full
+    assert methods.prompt_shape(backbone, site, "channel") == channel
 
 
 def test_an_alias_becomes_the_canonical_site():
@@ -133,7 +133,7 @@ def test_a_prompt_of_the_wrong_shape_says_which_is_right():
     with pytest.raises(ValueError, match=r"\(2, 17, 32\) does not fit"):
         PromptedBackbone(backbone, taller)(x)
     with pytest.raises(ValueError, match="prompt shape 'row' is not one of full, channel"):
-        inspect.unwrap(prompts.prompt_shape)(backbone, "blocks.1:input", "row")  # without the type check of the tests
+        inspect.unwrap(methods.prompt_shape)(backbone, "blocks.1:input", "row")  # without the type check of the tests
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -142,12 +142,12 @@ def test_a_prompt_of_the_wrong_shape_says_which_is_right():
 @torch.no_grad()
 @pytest.mark.parametrize("shape", KINDS)
 @pytest.mark.parametrize("family", ["vit", "resnet", "swin"])
-def test_saving_and_loading_changes_no_logit(family: str, shape: prompts.Shape, tmp_path: Path):
+def test_saving_and_loading_changes_no_logit(family: str, shape: methods.Shape, tmp_path: Path):
     backbone, x = tiny.backbone(family), tiny.images(family, 3)
     prompt = random_prompt(backbone, sites.list_sites(backbone)[2], shape)
     for linear in (None, nn.Linear(backbone(x).shape[1], 5)):
-        path = prompts.save(tmp_path / "prompt.safetensors", prompt, backbone, linear)
-        loaded = prompts.load(path, backbone)
+        path = files.save(tmp_path / "prompt.safetensors", prompt, backbone, linear)
+        loaded = files.load(path, backbone)
         assert torch.equal(loaded(x), PromptedBackbone(backbone, prompt, linear)(x))
         assert (loaded.prompt.site, loaded.prompt.shape) == (prompt.site, prompt.shape)
         assert not any(p.requires_grad for p in loaded.parameters())
@@ -156,7 +156,7 @@ def test_saving_and_loading_changes_no_logit(family: str, shape: prompts.Shape, 
 def test_a_file_is_kilobytes_and_holds_no_weight_of_the_backbone(tmp_path: Path):
     backbone = backbones.load("vit_micro", device="cpu")
     prompt = ActivationPrompt.zeros(backbone, "blocks.3")
-    path = prompts.save(tmp_path / "prompt.safetensors", prompt, backbone, nn.Linear(128, 10))
+    path = files.save(tmp_path / "prompt.safetensors", prompt, backbone, nn.Linear(128, 10))
     with safe_open(path, "pt") as file:
         assert set(file.keys()) == {"prompt", "head.weight", "head.bias"}
         config = json.loads(file.metadata()["apthory"])
@@ -175,19 +175,19 @@ def test_a_file_is_kilobytes_and_holds_no_weight_of_the_backbone(tmp_path: Path)
 
 def test_another_backbone_is_refused(tmp_path: Path):
     backbone = tiny.backbone("vit")
-    path = prompts.save(tmp_path / "p.safetensors", random_prompt(backbone, "blocks.1"), backbone)
+    path = files.save(tmp_path / "p.safetensors", random_prompt(backbone, "blocks.1"), backbone)
     with pytest.raises(ValueError, match="trained for the backbone 'tiny_vit', not 'tiny_resnet'; load that one"):
-        prompts.load(path, tiny.backbone("resnet"))
+        files.load(path, tiny.backbone("resnet"))
 
 
 def test_other_weights_are_refused(tmp_path: Path):
     backbone = tiny.backbone("vit")
-    path = prompts.save(tmp_path / "p.safetensors", random_prompt(backbone, "blocks.1"), backbone)
+    path = files.save(tmp_path / "p.safetensors", random_prompt(backbone, "blocks.1"), backbone)
     other = tiny.backbone.__wrapped__("vit")
-    assert isinstance(prompts.load(path, other), PromptedBackbone)  # another object, the same weights
+    assert isinstance(files.load(path, other), PromptedBackbone)  # another object, the same weights
     other.norm.bias.data[0] += 1e-6
     with pytest.raises(ValueError, match="trained for other weights of 'tiny_vit'"):
-        prompts.load(path, other)
+        files.load(path, other)
 
 
 def rewrite(path: Path, tensors: dict | None = None, **changes: str) -> Path:
@@ -201,46 +201,46 @@ def rewrite(path: Path, tensors: dict | None = None, **changes: str) -> Path:
 
 def test_a_wrong_shape_or_site_is_refused(tmp_path: Path):
     backbone = tiny.backbone("vit")
-    path = prompts.save(tmp_path / "p.safetensors", random_prompt(backbone, "blocks.1"), backbone)
+    path = files.save(tmp_path / "p.safetensors", random_prompt(backbone, "blocks.1"), backbone)
     with pytest.raises(
         ValueError, match=r"prompt of shape \(3, 32\); 'blocks.2:input' of this backbone takes \(17, 32\)"
     ):
-        prompts.load(rewrite(path, {"prompt": torch.zeros(3, 32)}), backbone)
+        files.load(rewrite(path, {"prompt": torch.zeros(3, 32)}), backbone)
     with pytest.raises(ValueError, match=r"no module 'blocks.9'"):
-        prompts.load(rewrite(path, site="blocks.9:input"), backbone)
+        files.load(rewrite(path, site="blocks.9:input"), backbone)
 
 
 @pytest.mark.parametrize("metadata", [None, {"apthory": "{}"}, {"apthory": '{"format": "apthory.prompt/99"}'}])
 def test_a_file_that_is_no_prompt_is_refused(metadata: dict | None, tmp_path: Path):
     save_file({"prompt": torch.zeros(17, 32)}, tmp_path / "p.safetensors", metadata)
     with pytest.raises(ValueError, match=r"p.safetensors is not a prompt saved by apthory"):
-        prompts.load(tmp_path / "p.safetensors", tiny.backbone("vit"))
+        files.load(tmp_path / "p.safetensors", tiny.backbone("vit"))
 
 
 def test_a_file_of_another_format_is_refused(tmp_path: Path):
     (tmp_path / "p.jpg").write_bytes(b"\xff\xd8\xff" * 20)
     with pytest.raises(ValueError, match=r"p.jpg is not a prompt saved by apthory .*Fit.save"):
-        prompts.load(tmp_path / "p.jpg", tiny.backbone("vit"))
+        files.load(tmp_path / "p.jpg", tiny.backbone("vit"))
 
 
 def test_a_missing_file_is_named(tmp_path: Path):
     with pytest.raises(OSError, match=r"nothing.safetensors"):
-        prompts.load(tmp_path / "nothing.safetensors", tiny.backbone("vit"))
+        files.load(tmp_path / "nothing.safetensors", tiny.backbone("vit"))
 
 
 def test_an_interrupted_save_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     backbone, x = tiny.backbone("vit"), tiny.images("vit", 2)
     first, second = (random_prompt(backbone, "blocks.1", seed=seed) for seed in (0, 1))
-    path = prompts.save(tmp_path / "p.safetensors", first, backbone)
+    path = files.save(tmp_path / "p.safetensors", first, backbone)
 
     def half_written(tensors: dict, target: Path, metadata: dict) -> None:
         Path(target).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prompts, "save_file", half_written)
+    monkeypatch.setattr(files, "save_file", half_written)
     for target in (path, tmp_path / "new.safetensors"):
         with pytest.raises(KeyboardInterrupt):
-            prompts.save(target, second, backbone)
+            files.save(target, second, backbone)
     assert not (tmp_path / "new.safetensors").exists()
     with torch.no_grad():
-        assert torch.equal(prompts.load(path, backbone)(x), PromptedBackbone(backbone, first)(x))
+        assert torch.equal(files.load(path, backbone)(x), PromptedBackbone(backbone, first)(x))

@@ -21,8 +21,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apthory import records, registry
+from apthory._tools.environment import environment
+from apthory.lab import records, registry
 
+ROOT = Path(records.__file__).parents[2]
 calls: list[dict] = []
 
 
@@ -222,7 +224,7 @@ def test_no_record_makes_anything_be_imported_or_called(tmp_path, monkeypatch):
 
 def test_every_recorded_function_is_where_the_table_of_names_says():
     marked = set()
-    for path in (Path(records.__file__).parent).rglob("*.py"):
+    for path in (ROOT / "apthory").rglob("*.py"):
         marked |= set(re.findall(r'versioned\(\d+, name="([\w.]+)"\)', path.read_text()))
     assert marked == registry.PLACES.keys()
     for name in registry.PLACES:
@@ -287,22 +289,18 @@ def test_a_record_under_another_name_is_not_whole(tmp_path):
 def test_killed_writers_leave_no_half_record(tmp_path):
     """Kill -9 writers of large records at ten different moments: each record is whole or absent."""
     writer = textwrap.dedent("""
-        import importlib.util
         import sys
         from pathlib import Path
-        spec = importlib.util.spec_from_file_location("records", sys.argv[2])  # no torch
-        records = importlib.util.module_from_spec(spec)
-        sys.modules["records"] = records
-        spec.loader.exec_module(records)
+        from apthory._tools.files import write_atomically
         for index in range(10**6):
             text = bytes([65 + index % 26]) * 2_000_000
-            records.write_atomically(Path(sys.argv[1]) / f"{index % 3}.json", text)
+            write_atomically(Path(sys.argv[1]) / f"{index % 3}.json", text)
             print(index, flush=True)
     """)
-    command = [sys.executable, "-c", writer, str(tmp_path), records.__file__]
+    command = [sys.executable, "-c", writer, str(tmp_path)]
     interrupted = 0
     for attempt in range(10):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
         assert process.stdout is not None
         process.stdout.readline()  # the first file is written, the next is on its way
         time.sleep(0.0007 * attempt)
@@ -368,7 +366,7 @@ def test_citations_are_short_sorted_and_find_their_record(tmp_path):
 def study(tmp_path, monkeypatch):
     """A module whose code can change."""
     source = tmp_path / "study.py"
-    header = "from apthory import records\n\n\n@records.versioned(1, name='study.run')\n"
+    header = "from apthory.lab import records\n\n\n@records.versioned(1, name='study.run')\n"
     source.write_text(
         f"{header}def run(x):\n    return {{'accuracy': 50.0 + x, 'sites': ['a'], 'step_seconds': 1.0}}\n"
     )
@@ -387,7 +385,7 @@ def edit(study, old, new):
 
 def test_older_code_is_told_from_a_newer_version(study, tmp_path):
     record = fetch(tmp_path / "records", function=study[1].run, config={"x": 1}, sources=(records,))
-    assert record.code.keys() == {"study", "apthory.records"}
+    assert record.code.keys() == {"study", "apthory.lab.records"}
     assert records.changed_code(record) == []
     assert records.superseded(record) == ""
     edit(study, "def run", "# a remark\ndef run")
@@ -414,11 +412,11 @@ def test_recomputing_compares_values_but_no_timings(study, tmp_path):
 
 
 def test_environment_tells_versions_and_hardware():
-    environment = records.environment()
-    assert environment["torch"] == torch.__version__.split("+")[0] or environment["torch"] == torch.__version__
-    assert environment["threads"] == torch.get_num_threads()
-    assert environment["processor"]
-    assert json.loads(json.dumps(environment)) == environment
+    found = environment()
+    assert found["torch"] == torch.__version__.split("+")[0] or found["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()
+    assert found["processor"]
+    assert json.loads(json.dumps(found)) == found
 
 
 def test_the_project_is_found_from_inside_it(tmp_path, monkeypatch):

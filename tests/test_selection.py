@@ -16,8 +16,11 @@ from torch import nn
 from torch.nn import functional
 from typer.testing import CliRunner
 
-from apthory import backbones, efficiency, layers, methods, ranking, records, selection, sites, tasks, training
+from apthory import backbones, costs, methods, selection, sites, tasks, training
 from apthory.__main__ import app
+from apthory.lab import records
+from apthory.selection import scores, search
+from apthory.studies import site_search
 from apthory.theory import tangent
 
 RECIPE = training.Recipe(num_epochs=9, batch_size=16, num_train=30, num_validation=12, num_test=12, precision="float32")
@@ -27,7 +30,7 @@ FAMILIES = ("vit", "resnet", "mobilenetv2")
 
 def tangents(family, num=24):
     model, task = tiny.backbone(family), tiny.task()
-    return ranking._Tangents(model, task, sites.list_sites(model)[1:], task.split(0, num, 12).train)
+    return scores._Tangents(model, task, sites.list_sites(model)[1:], task.split(0, num, 12).train)
 
 
 class Untraceable(nn.Module):
@@ -56,10 +59,10 @@ def test_scores_are_those_of_one_image_and_one_site_at_a_time(family):
     rows = {row["site"]: row for row in prepared.first_order()}
     for site in prepared.places[1:-1:3]:
         prefix, suffix = sites.split(model, site)
-        norms = [float(prefix(training.normalized(model, images, one[None]))[0].norm()) for one in prepared.seen]
+        norms = [float(prefix(backbones.normalize(model, images[one[None]]))[0].norm()) for one in prepared.seen]
         gradients = []
         for index in prepared.unseen:
-            z, *rest = prefix(training.normalized(model, images, index[None]))
+            z, *rest = prefix(backbones.normalize(model, images[index[None]]))
             z = z.detach().requires_grad_()
             functional.cross_entropy(prepared.head(suffix(z, *rest)), images.labels[index[None]]).backward()
             gradients.append(z.grad[0].double().flatten())
@@ -77,11 +80,11 @@ def test_a_head_sees_none_of_the_images_whose_gradients_are_taken():
     images = tiny.task().train
     assert not set(prepared.seen.tolist()) & set(prepared.unseen.tolist())
     assert images.labels[prepared.seen].bincount().tolist() == images.labels[prepared.unseen].bincount().tolist()
-    again, _ = ranking._fit_head(prepared._features(), images.labels[prepared.seen], 3)
+    again, _ = scores._fit_head(prepared._features(), images.labels[prepared.seen], 3)
     assert torch.equal(prepared.head.weight, again.weight)
     # A head that saw them and fits them leaves no gradient: scores would be about the head, not the site.
     x, labels, shifts = prepared._at(prepared.unseen)
-    own, _ = ranking._solve_head(prepared.backbone(x), labels, 3, 1e-9)
+    own, _ = scores._solve_head(prepared.backbone(x), labels, 3, 1e-9)
 
     def size(head):
         prepared.head = head
@@ -108,13 +111,13 @@ def test_scores_ignore_validation_and_test_images(num_second_order):
         return replace(task, **{part: tasks.Images(pixels, labels)})
 
     split = task.split(0, 24, 12)
-    table = ranking.rank_sites(model, task, **options)
+    table = selection.rank_sites(model, task, **options)
     for other in (changed(split.validation, "train"), changed(split.test, "test", relabelled=True)):
-        assert ranking.rank_sites(model, other, **options).equals(table)
-    assert not ranking.rank_sites(model, changed(split.train[:1], "train"), **options).equals(table)
+        assert selection.rank_sites(model, other, **options).equals(table)
+    assert not selection.rank_sites(model, changed(split.train[:1], "train"), **options).equals(table)
     # Labels decide the split, so those of validation images are changed behind it.
     rows = [
-        ranking._Tangents(model, other, options["places"], split.train).first_order()
+        scores._Tangents(model, other, options["places"], split.train).first_order()
         for other in (task, changed(split.validation, "train", relabelled=True))
     ]
     assert rows[0] == rows[1]
@@ -131,7 +134,7 @@ def many_classes(num_classes=12, num_train=96):
 @pytest.mark.parametrize("num", [4, 10, 16, 200])
 def test_halves_of_the_second_order_have_the_same_classes(num):
     task = many_classes()  # 96 images of 12 classes: each has four unseen ones, two pairs
-    prepared = ranking._Tangents(tiny.backbone("vit"), task, ["blocks.1:input"], torch.arange(96), num)
+    prepared = scores._Tangents(tiny.backbone("vit"), task, ["blocks.1:input"], torch.arange(96), num)
     one, other = (task.train.labels[half].bincount(minlength=12) for half in prepared.pairs.unbind(1))
     assert torch.equal(one, other)
     assert len(prepared.pairs) == min(num // 2, 24)
@@ -143,7 +146,7 @@ def test_halves_of_the_second_order_have_the_same_classes(num):
 def test_a_class_with_an_odd_number_of_images_leaves_one_out():
     task = many_classes()
     indices = torch.cat([torch.where(task.train.labels == label)[0][:6] for label in (0, 1, 2)])  # three unseen each
-    prepared = ranking._Tangents(tiny.backbone("vit"), task, ["blocks.1:input"], indices, 200)
+    prepared = scores._Tangents(tiny.backbone("vit"), task, ["blocks.1:input"], indices, 200)
     assert len(prepared.unseen) == 9
     assert task.train.labels[prepared.pairs].tolist() == [[0, 0], [1, 1], [2, 2]]
 
@@ -153,7 +156,7 @@ def test_pairs_of_a_single_class_are_refused_before_anything_runs():
     labels = task.train.labels
     indices = torch.cat([torch.where(labels == 0)[0][:4], *(torch.where(labels == c)[0][:1] for c in range(1, 12))])
     with pytest.raises(ValueError, match=r"all 2 images of the second order are of one class, out of \d+; raise"):
-        ranking._Tangents(nn.Linear(1, 1), task, ["blocks.1:input"], indices, 40)
+        scores._Tangents(nn.Linear(1, 1), task, ["blocks.1:input"], indices, 40)
 
 
 @pytest.mark.parametrize("family", ["vit", "resnet"])
@@ -161,13 +164,13 @@ def test_second_order_scores_are_those_of_dense_matrices(family):
     """newton: the step by a matrix of all second derivatives, judged by gradients image by image; and alignment."""
     model, task = tiny.backbone(family), many_classes()
     site = sites.list_sites(model)[-2]
-    prepared = ranking._Tangents(model, task, [site], torch.arange(48), 16)
+    prepared = scores._Tangents(model, task, [site], torch.arange(48), 16)
     assert prepared.pairs.numel() == 16 < len(prepared.unseen)
     [row] = prepared.second_order(seed=0)
     labels, (prefix, suffix) = task.train.labels, sites.split(model, site)
     with torch.no_grad():
         crossing = {
-            int(index): prefix(training.normalized(model, task.train, index[None])) for index in prepared.unseen
+            int(index): prefix(backbones.normalize(model, task.train[index[None]])) for index in prepared.unseen
         }
     unit = prepared.units[site]
 
@@ -217,11 +220,11 @@ def test_a_silent_site_is_left_out_with_a_warning():
     options = {"num_examples": 24, "num_validation": 12}
     places = ["layer2.0:input", "layer3.0:input", "layer4.0:input"]
     with pytest.warns(UserWarning, match="zero for all 12 images at layer3.0:input: left out of the ranking"):
-        table = ranking.rank_sites(silenced(), tiny.task(), places, **options)
+        table = selection.rank_sites(silenced(), tiny.task(), places, **options)
     assert sorted(table["site"]) == [places[0], places[2]]
     assert np.isfinite(table.drop(columns="site").to_numpy()).all()
     with pytest.raises(ValueError, match=r"at layer3\.0:input, so there is no site to rank; choose other places"):
-        ranking.rank_sites(silenced(), tiny.task(), ["layer3.0:input"], **options)
+        selection.rank_sites(silenced(), tiny.task(), ["layer3.0:input"], **options)
 
 
 def test_a_module_that_is_never_called_is_refused():
@@ -229,7 +232,7 @@ def test_a_module_that_is_never_called_is_refused():
     model.unused = nn.Linear(2, 2)
     model = backbones.freeze(model)
     with pytest.raises(ValueError, match="never calls the module of site 'unused:output'; leave it out of places"):
-        ranking.rank_sites(
+        selection.rank_sites(
             model, tiny.task(), ["body.blocks.1:input", "unused:output"], num_examples=16, num_validation=12
         )
 
@@ -238,12 +241,12 @@ def test_activations_that_are_not_finite_are_refused():
     model = copy.deepcopy(tiny.backbone("resnet"))
     model.layer2[0].register_forward_hook(lambda _, args, z: z / 0)
     with pytest.raises(ValueError, match=r"the activation at site 'layer3\.0:input' is not finite"):
-        ranking.rank_sites(model, tiny.task(), ["layer3.0:input"], num_examples=24, num_validation=12)
+        selection.rank_sites(model, tiny.task(), ["layer3.0:input"], num_examples=24, num_validation=12)
 
 
 def test_the_head_is_a_converged_linear_probe_that_decays_its_weights_alone():
     x, labels = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 4
-    head, _ = ranking._solve_head(x, labels, 4, 1e-2)
+    head, _ = scores._solve_head(x, labels, 4, 1e-2)
     unit = float(x.square().mean().sqrt())
     weight = (head.weight * unit).double().requires_grad_()
     bias = head.bias.double().requires_grad_()
@@ -258,28 +261,28 @@ def test_folds_choose_the_decay_that_suits_unseen_images_of_classes_that_both_ha
     labels = torch.cat([torch.arange(3).repeat_interleave(6), torch.arange(3, 9)])  # six classes of one image each
     noise = torch.randn(24, 30, generator=torch.Generator().manual_seed(0))  # nothing to learn: strong decay is best
     for features, best in (
-        (noise, max(ranking._DECAYS)),
-        (noise + 30 * torch.eye(9, 30)[labels], min(ranking._DECAYS)),
+        (noise, max(scores._DECAYS)),
+        (noise + 30 * torch.eye(9, 30)[labels], min(scores._DECAYS)),
     ):
-        expected, _ = ranking._solve_head(features, labels, 9, best)
-        assert torch.equal(ranking._fit_head(features, labels, 9)[0].weight, expected.weight)
+        expected, _ = scores._solve_head(features, labels, 9, best)
+        assert torch.equal(scores._fit_head(features, labels, 9)[0].weight, expected.weight)
 
 
 def test_ranking_is_a_table_of_sites_best_first_with_its_cost():
     model, task = tiny.backbone("resnet"), tiny.task()
-    table = ranking.rank_sites(model, task, num_examples=24, num_validation=12)
+    table = selection.rank_sites(model, task, num_examples=24, num_validation=12)
     assert sorted(table["site"]) == sorted(sites.list_sites(model)[1:])
-    assert ranking.SCORES[ranking.DEFAULT](table).is_monotonic_decreasing
+    assert selection.SCORES[selection.DEFAULT](table).is_monotonic_decreasing
     assert not table.isna().any().any()
     first = table.attrs["cost"]["first order"]
     assert first["examples"] == 24
     # Every image goes forward once, every second one backward, up to the first site.
     with torch.no_grad():
-        forward = efficiency.count_flops(lambda: model(tiny.images("resnet", 1)))
+        forward = costs.count_flops(lambda: model(tiny.images("resnet", 1)))
     earliest = selection.site_costs(model, sites.list_sites(model)[1:2])["layer1.0:input"]
     passes = 25 * forward + 12 * earliest.backward  # one forward pass for the channels
     assert first["flops"] == pytest.approx(passes + tangents("resnet").head_flops, rel=1e-3)  # beside: the head
-    by_windows = ranking.rank_sites(model, task, score="windows", num_examples=24, num_validation=12)
+    by_windows = selection.rank_sites(model, task, score="windows", num_examples=24, num_validation=12)
     assert by_windows["windows"].is_monotonic_increasing
     assert "newton" not in by_windows
 
@@ -288,7 +291,7 @@ def test_after_the_last_pooling_no_alignment_is_left_for_a_prompt():
     """There a prompt shifts all images' features alike: the tangent kernel is constant."""
     model = tiny.backbone("resnet")
     before, last = sites.list_sites(model)[-2:]
-    table = ranking.rank_sites(
+    table = selection.rank_sites(
         model, tiny.task(), [before, last], score="newton", num_examples=24, num_second_order=12, num_validation=12
     )
     alignment = table.set_index("site")["alignment"]
@@ -311,21 +314,21 @@ def test_after_the_last_pooling_no_alignment_is_left_for_a_prompt():
 )
 def test_what_cannot_be_ranked_is_said(options, message):
     with pytest.raises(ValueError, match=message):
-        ranking.rank_sites(tiny.backbone("vit"), tiny.task(), **options)
+        selection.rank_sites(tiny.backbone("vit"), tiny.task(), **options)
 
 
 def test_ranking_leaves_the_backbone_as_it_was():
     model = tiny.backbone("vit")
     before = backbones.digest(model)
     places = ["blocks.2:input"]
-    ranking.rank_sites(model, tiny.task(), places, num_examples=16, num_second_order=8, num_validation=12)
+    selection.rank_sites(model, tiny.task(), places, num_examples=16, num_second_order=8, num_validation=12)
     assert backbones.digest(model) == before
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_a_sample_without_four_images_of_a_class_is_refused():
     with pytest.raises(ValueError, match=r"none of the 3 classes has four of the 8 images, .* raise num_examples"):
-        ranking.rank_sites(tiny.backbone("vit"), tiny.task(), num_examples=8, num_validation=12)
+        selection.rank_sites(tiny.backbone("vit"), tiny.task(), num_examples=8, num_validation=12)
 
 
 @pytest.mark.parametrize("family", ["vit", "swin", "convnext", "resnet"])
@@ -335,9 +338,9 @@ def test_a_backbone_that_cannot_be_traced_is_ranked_all_the_same(family):
     options = {"num_examples": 16, "num_validation": 12}
     with pytest.raises(sites.UntraceableError):
         sites.channel_axis(model, "body:output")
-    table = ranking.rank_sites(tiny.backbone(family), task, **options)
+    table = selection.rank_sites(tiny.backbone(family), task, **options)
     places = [f"body.{site}" for site in table["site"]]
-    again = ranking.rank_sites(model, task, places, **options)
+    again = selection.rank_sites(model, task, places, **options)
     numbers = ["norm", "coherence", "reach", "coverage", "gain", "individual"]  # reach tells channels from positions
     expected = table.set_index("site")[numbers].add_prefix("", axis=0).rename(index=lambda site: f"body.{site}")
     pd.testing.assert_frame_equal(again.set_index("site")[numbers].loc[places], expected, rtol=1e-4, atol=1e-6)
@@ -345,15 +348,15 @@ def test_a_backbone_that_cannot_be_traced_is_ranked_all_the_same(family):
 
 def test_a_shape_that_no_layer_knows_has_no_channels():
     with pytest.raises(ValueError, match="cannot tell the channel axis of site ':input': no layer is given or makes"):
-        ranking._called_axes(nn.Flatten(), [":input"], torch.zeros(1, 2, 3))
+        scores._called_axes(nn.Flatten(), [":input"], torch.zeros(1, 2, 3))
 
 
 def test_memory_holds_the_graph_of_one_chunk(monkeypatch):
     model, task = tiny.backbone("vit"), tiny.task()
     options = {"num_examples": 24, "num_second_order": 12, "num_validation": 12, "score": "newton"}
     options["places"] = ["blocks.1:input", "blocks.2:input"]
-    expected = ranking.rank_sites(model, task, **options).set_index("site")
-    monkeypatch.setattr(ranking, "_CHUNK", 5)
+    expected = selection.rank_sites(model, task, **options).set_index("site")
+    monkeypatch.setattr(scores, "_CHUNK", 5)
     sizes = []
 
     def note(_, args):
@@ -361,7 +364,7 @@ def test_memory_holds_the_graph_of_one_chunk(monkeypatch):
             sizes.append(len(args[0]))
 
     handle = model.blocks[1].mlp.register_forward_pre_hook(note)
-    found = ranking.rank_sites(model, task, **options).set_index("site")
+    found = selection.rank_sites(model, task, **options).set_index("site")
     handle.remove()
     assert max(sizes) == 5
     pd.testing.assert_frame_equal(found.loc[expected.index], expected, rtol=1e-3, atol=1e-5)
@@ -380,10 +383,10 @@ def test_one_pass_counts_what_every_cut_costs(family):
         with torch.no_grad():
             crossing = prefix(x)
         leaf = crossing[0].clone().requires_grad_()
-        forward = efficiency.count_flops(lambda: suffix(*crossing))  # noqa: B023
-        both = efficiency.count_flops(lambda: suffix(leaf, *crossing[1:]).sum().backward())  # noqa: B023
+        forward = costs.count_flops(lambda: suffix(*crossing))  # noqa: B023
+        both = costs.count_flops(lambda: suffix(leaf, *crossing[1:]).sum().backward())  # noqa: B023
         assert (cost.suffix, cost.backward) == (forward, both - forward), site
-        assert cost.prefix == efficiency.count_flops(lambda: prefix(x)), site  # noqa: B023
+        assert cost.prefix == costs.count_flops(lambda: prefix(x)), site  # noqa: B023
 
 
 @pytest.mark.parametrize("family", ["vit", "resnet"])
@@ -396,9 +399,9 @@ def test_training_costs_what_is_counted_while_it_runs(family):
     def fit():
         training.fit(model, task, methods.ActivationPrompting(site=site), bundle, recipe=recipe)
 
-    counted = efficiency.count_flops(fit)
-    race = selection._Race(model, task, recipe, [site], seed=0)
-    stated = race.cost([selection._Candidate(site, rate) for rate in RATES[:2]], recipe)
+    counted = costs.count_flops(fit)
+    race = search._Race(model, task, recipe, [site], seed=0)
+    stated = race.cost([search._Candidate(site, rate) for rate in RATES[:2]], recipe)
     assert stated == pytest.approx(counted, rel=0.04)  # one image goes through the backbone for its shapes
 
 
@@ -435,9 +438,9 @@ def test_flops_counted_while_it_runs_keep_the_budget(family):
         for site in places:
             training.fit(model, task, methods.ActivationPrompting(site=site), bundle, recipe=RECIPE)
 
-    spent, whole = efficiency.count_flops(search), efficiency.count_flops(exhaust)
+    spent, whole = costs.count_flops(search), costs.count_flops(exhaust)
     # What torch does not count: the fit of the head. What it counts beside: one image for each bundle's shapes.
-    heads = ranking._Tangents(model, task, places, task.split(0, 30, 12).train).head_flops
+    heads = scores._Tangents(model, task, places, task.split(0, 30, 12).train).head_flops
     assert found[0].flops == pytest.approx(spent + heads, rel=0.05)
     assert found[0].exhaustive_flops == pytest.approx(whole, rel=0.05)
     assert spent + heads <= 1.05 * budget * whole
@@ -456,14 +459,14 @@ def test_the_full_rung_takes_the_best_of_the_one_before(found):
 
 
 def test_sites_enter_with_the_middle_rate_in_the_order_of_their_scores():
-    queue = [(c.site, RATES.index(c.learning_rate)) for c in selection._queue(["good", "bad"], RATES[::-1])]
+    queue = [(c.site, RATES.index(c.learning_rate)) for c in search._queue(["good", "bad"], RATES[::-1])]
     assert queue == [("good", 1), ("bad", 1), ("good", 0), ("good", 2), ("bad", 0), ("bad", 2)]
 
 
 def test_what_the_budget_has_left_goes_to_sites_that_it_can_still_pay_for(monkeypatch):
     """Scores that put the input first: an early site takes most of a small budget, late ones what remains."""
     model, task = tiny.backbone("vit"), tiny.task()
-    monkeypatch.setitem(ranking.SCORES, "found", lambda table: -table["depth"])
+    monkeypatch.setitem(selection.SCORES, "found", lambda table: -table["depth"])
     found = selection.find_site(model, task, recipe=RECIPE, budget=0.3, learning_rates=RATES)
     assert found.scores["site"][0] == "blocks.0:input"
     short = found.trials[found.trials["epochs"] == 3]
@@ -475,9 +478,9 @@ def test_what_the_budget_has_left_goes_to_sites_that_it_can_still_pay_for(monkey
 def test_a_full_training_is_put_aside_for_the_costliest_in_the_race():
     model, task = tiny.backbone("vit"), tiny.task()
     early, late = "blocks.0:input", "blocks.2:input"
-    race = selection._Race(model, task, RECIPE, [early, late], seed=0)
-    short, full = selection._ladder(RECIPE)
-    candidates = [selection._Candidate(site, RATES[1]) for site in (early, late)]
+    race = search._Race(model, task, RECIPE, [early, late], seed=0)
+    short, full = search._ladder(RECIPE)
+    candidates = [search._Candidate(site, RATES[1]) for site in (early, late)]
     both = sum(race.cost([candidate], short) for candidate in candidates)
     enough = both + race._training(early, 1, full)
     assert list(race.affordable(candidates, short, enough, aside=full)) == [early, late]
@@ -528,13 +531,13 @@ def test_a_backbone_that_is_not_frozen_is_refused_before_anything_runs():
     model = copy.deepcopy(tiny.backbone("resnet")).train()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"call backbones.freeze\(model\)"):
-        ranking.rank_sites(model, tiny.task())
+        selection.rank_sites(model, tiny.task())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_second_order_scores_of_a_few_images_are_refused():
     with pytest.raises(ValueError, match=r"num_second_order 1; give 8 to 1000 images, and 0 or 4 to 200 of them"):
-        ranking.rank_sites(tiny.backbone("vit"), tiny.task(), num_second_order=1)
+        selection.rank_sites(tiny.backbone("vit"), tiny.task(), num_second_order=1)
 
 
 # ------------------------------------------------------------------------------------- records and command
@@ -555,9 +558,9 @@ def test_scores_are_recorded_in_the_order_of_the_sites(folder, tmp_path):
     places = ["layer1.1:input", "layer4.0:input"]
     config = {"backbone": {"name": "resnet_micro"}, "task": f"folder:{folder}", "size": 64, "places": places}
     config |= {"num_examples": 16, "num_second_order": 0, "num_validation": 9, "seed": 0}
-    record = records.fetch(layers.score, config, folder=tmp_path)
+    record = records.fetch(site_search.score, config, folder=tmp_path)
     assert [row["site"] for row in record["sites"]] == places
-    direct = ranking.rank_sites(
+    direct = selection.rank_sites(
         backbones.load("resnet_micro"), tasks.load(f"folder:{folder}", 64), places, num_examples=16, num_validation=9
     ).set_index("site")
     for row in record["sites"]:
@@ -569,7 +572,7 @@ def test_a_search_is_recorded_with_what_it_spent_and_the_test_part_once(folder, 
     recipe = {"num_epochs": 2, "batch_size": 8, "num_train": 24, "num_validation": 9, "num_test": 9}
     config = {"backbone": {"name": "resnet_micro"}, "task": f"folder:{folder}", "size": 64, "places": places}
     config |= {"recipe": recipe, "learning_rates": rates, "budget": 0.9, "score": "windows", "seed": 0}
-    record = records.fetch(layers.search, config, folder=tmp_path)
+    record = records.fetch(site_search.search, config, folder=tmp_path)
     direct = selection.find_site(
         backbones.load("resnet_micro"),
         tasks.load(f"folder:{folder}", 64),
@@ -593,7 +596,7 @@ def call(*arguments):
 
 @pytest.mark.parametrize("prefix", ["", "folder:"])
 def test_the_command_prints_a_ranked_table_draws_it_and_names_the_site(folder, prefix, tmp_path):
-    picture = tmp_path / "ranking.png"
+    picture = tmp_path / "scores.png"
     shown = call("--backbone", "resnet_micro", "--data", f"{prefix}{folder}", "--examples", 24, "--output", picture)
     assert shown.exit_code == 0, shown.output
     lines = shown.output.splitlines()
@@ -626,6 +629,6 @@ def test_empty_lists_are_refused_and_aliases_are_one_site():
     with pytest.raises(ValueError, match="learning_rates is empty"):
         selection.find_site(backbone, task, learning_rates=())
     with pytest.raises(ValueError, match="places is empty"):
-        ranking.rank_sites(backbone, task, [])
-    table = ranking.rank_sites(backbone, task, ["blocks.0", "blocks.1:input", "blocks.0:output"], num_validation=24)
+        selection.rank_sites(backbone, task, [])
+    table = selection.rank_sites(backbone, task, ["blocks.0", "blocks.1:input", "blocks.0:output"], num_validation=24)
     assert list(table["site"]) == ["blocks.1:input"]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from apthory import efficiency, sites
+from apthory import costs, sites
 from apthory.metrics import similarity
 from apthory.metrics.similarity import CKA, cka, layer_similarity
 
@@ -276,8 +276,8 @@ def test_the_networks_layers_in_float32_are_those_in_float64():
 def test_no_activation_is_kept_and_nothing_of_the_model_is_changed():
     deep = nn.Sequential(*(nn.Linear(300, 300) for _ in range(30))).eval().requires_grad_(False)
     x, places = rand(8, 300, dtype=torch.float32), [f"{index}" for index in range(30)]
-    kept = efficiency.peak_memory(lambda: sites.capture(deep, places, x))
-    ours = efficiency.peak_memory(lambda: layer_similarity(deep, None, [x], places))
+    kept = costs.peak_memory(lambda: sites.capture(deep, places, x))
+    ours = costs.peak_memory(lambda: layer_similarity(deep, None, [x], places))
     assert kept > 30 * 8 * 300 * 4
     assert ours < kept / 2
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in deep.modules())

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from apthory.theory import growth, reach, simulation, study
+from apthory.studies import sample_complexity
+from apthory.theory import growth, reach, simulation
 from apthory.theory.reach import Problem
 
 STEP = 0.52
@@ -156,7 +157,9 @@ def test_a_step_that_does_not_last_is_undone_by_negatives():
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("r", [1, 16])
 def test_sgd_agrees_with_the_closed_form(batch_size: int, r: int):
-    point = study.measure_descent("attention", [[16, r, 150]], STEP, batch_size=batch_size, seed=5)["rows"][0]
+    point = sample_complexity.measure_descent("attention", [[16, r, 150]], STEP, batch_size=batch_size, seed=5)["rows"][
+        0
+    ]
     low, high = reach.expected_steps(16, r, point["visits"], batch_size)
     error = point["deviation"] / point["repeats"] ** 0.5
     assert low - 4 * error <= point["mean"] <= high + 4 * error
@@ -227,7 +230,9 @@ def test_departures_are_departures():
 
 
 def test_equal_generators_give_equal_trainings():
-    first, second, other = (study.measure_descent("attention", [[16, 4, 20]], STEP, seed=s)["rows"] for s in (0, 0, 1))
+    first, second, other = (
+        sample_complexity.measure_descent("attention", [[16, 4, 20]], STEP, seed=s)["rows"] for s in (0, 0, 1)
+    )
     assert first[0]["samples"].tolist() == second[0]["samples"].tolist() != other[0]["samples"].tolist()
 
 

@@ -13,7 +13,8 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from apthory import backbones, sites, tracing
+from apthory import backbones, sites
+from apthory.sites import tracing
 
 EXACT = {
     "vit": ["blocks.1.norm2:input", "blocks.0.attn.qkv", "blocks.2.mlp:input", "patch_embed", ":output"],

@@ -8,16 +8,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from apthory import backbones, sites, stage_study, studies, sweeps, training
+from apthory import backbones, sites, training
+from apthory.studies import catalogue, cells, during_training, layers
 
 PROBE = {"name": "linear_probe"}
 
 
 @pytest.mark.parametrize("suite", ["embedded", "small"])
 def test_every_stage_has_the_same_prompts_and_a_linear_probe_and_no_more(suite: str):
-    study = stage_study.STUDIES[suite]["stages"]
-    assert studies.known()[suite]["stages"] is study
-    cells = list(sweeps.cells(study))
+    study = during_training.STUDIES[suite]["stages"]
+    assert catalogue.known()[suite]["stages"] is study
+    cells = list(layers.configurations(study))
     for name in backbones.SHIPPED:
         places = sites.list_sites(backbones.load(name, device="cpu"))[1::2]
         assert (len(places), places[-1].split(":")[-1]) == (5, "output")
@@ -29,15 +30,16 @@ def test_every_stage_has_the_same_prompts_and_a_linear_probe_and_no_more(suite: 
 
 
 def test_the_last_stage_of_the_small_suite_is_a_part_of_sweep_s():
-    layer_study = {json.dumps(cell, sort_keys=True) for cell in sweeps.cells(sweeps.STUDIES["small"]["S"])}
-    cells = [json.dumps(cell, sort_keys=True) for cell in sweeps.cells(stage_study.STUDIES["small"]["stages"])]
+    layer_study = {json.dumps(cell, sort_keys=True) for cell in layers.configurations(layers.STUDIES["small"]["S"])}
+    stages = during_training.STUDIES["small"]["stages"]
+    cells = [json.dumps(cell, sort_keys=True) for cell in layers.configurations(stages)]
     trained = [cell for cell in cells if json.loads(cell)["backbone"]["name"] in backbones.SHIPPED]
     assert len(trained) == 2 * 4 * 6
     assert set(trained) <= layer_study
 
 
 def test_a_study_runs_and_its_table_names_backbone_and_stage_apart(tmp_path: Path):
-    protocol = sweeps.Protocol(
+    protocol = cells.Protocol(
         recipe=training.Recipe(
             num_epochs=1, batch_size=12, num_train=24, num_validation=9, num_test=12, precision="float32"
         ),
@@ -46,13 +48,13 @@ def test_a_study_runs_and_its_table_names_backbone_and_stage_apart(tmp_path: Pat
     )
     small = {"depth": 2, "embed_dim": 16, "num_heads": 2, "device": "cpu"}
     study = replace(
-        stage_study.STUDIES["embedded"]["stages"],
+        during_training.STUDIES["embedded"]["stages"],
         protocol=protocol,
         backbones=({"name": "vit_micro.random", **small},),
         last_sites=3,
         tasks=("textures",),
     )
-    table = stage_study.with_stage(sweeps.run_study(study, tmp_path))
+    table = during_training.with_stage(layers.run_study(study, tmp_path))
     assert list(table["method"]) == ["linear_probe", "ap", "ap"]
     assert list(table["site"]) == [":output", "blocks.0:input", "blocks.1:output"]
     assert (set(table["backbone"]), set(table["stage"])) == ({"vit_micro"}, {"random"})
@@ -80,7 +82,7 @@ def rows(accuracies: dict[str, list[float]], correct: list[int] | None = None) -
 
 def test_names_without_a_tag_are_the_last_stage():
     table = pd.DataFrame({"backbone": ["vit_micro.random", "vit_micro.epoch-0008", "vit_micro"]})
-    found = stage_study.with_stage(table)
+    found = during_training.with_stage(table)
     assert list(found["stage"]) == ["random", "epoch-0008", "last"]
     assert set(found["backbone"]) == {"vit_micro"}
     assert list(table.columns) == ["backbone"]
@@ -89,7 +91,9 @@ def test_names_without_a_tag_are_the_last_stage():
 def test_stages_agree_where_they_rank_sites_alike():
     one = rows({"flowers": [1, 2, 3], "birds": [3, 1, 2], "cars": [1, 2, 3]})
     other = rows({"cars": [30, 20, 10], "flowers": [10, 20, 30], "birds": [1, 2, 3]})
-    assert stage_study.agreement(one, other).to_dict() == pytest.approx({"flowers": 1.0, "cars": -1.0, "birds": -0.5})
+    assert during_training.agreement(one, other).to_dict() == pytest.approx(
+        {"flowers": 1.0, "cars": -1.0, "birds": -0.5}
+    )
 
 
 def test_the_gain_is_that_of_the_site_that_validation_chose_over_the_probe_image_by_image():
@@ -97,6 +101,6 @@ def test_the_gain_is_that_of_the_site_that_validation_chose_over_the_probe_image
     prompts.loc[prompts["site"] == "b", "correct"] = pd.Series([np.array([1, 1, 0, 0], bool)] * 6)
     probe = rows({"flowers": [0, 0, 0]}, [0, 1, 0, 1])
     probe = probe[probe["site"] == "a"].assign(site=":output")
-    gain = stage_study.gain(prompts, probe)
+    gain = during_training.gain(prompts, probe)
     assert list(gain["seed"]) == [0, 1]
     assert [one.tolist() for one in gain["correct"]] == [[1, 0, 0, -1]] * 2

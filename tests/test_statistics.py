@@ -6,7 +6,8 @@ import pytest
 import reference
 from scipy import stats
 
-from apthory import statistics
+from apthory._tools.estimate import Estimate
+from apthory.lab import intervals
 
 
 def rows(seed: int, accuracies: dict[tuple[str, int], float], num_images: int = 100) -> pd.DataFrame:
@@ -25,7 +26,7 @@ PLACES = {(task, seed): 0.6 for task in "abc" for seed in (0, 1)}
 
 def test_paired_difference_is_the_mean_over_tasks_of_the_mean_over_seeds():
     first, second = rows(0, dict.fromkeys(PLACES, 0.8)), rows(1, PLACES)
-    estimate = statistics.paired_difference(first, second, num_draws=200)
+    estimate = intervals.paired_difference(first, second, num_draws=200)
     assert estimate.value == pytest.approx(reference.paired_difference(first, second))
     assert estimate.low < estimate.value < estimate.high
     assert estimate.interval == (estimate.low, estimate.high)
@@ -34,31 +35,31 @@ def test_paired_difference_is_the_mean_over_tasks_of_the_mean_over_seeds():
 def test_tasks_count_equally_whatever_their_seeds():
     first = rows(0, {("a", 0): 1.0, ("a", 1): 1.0, ("a", 2): 1.0, ("b", 0): 0.0})
     second = rows(0, {("a", 0): 0.0, ("a", 1): 0.0, ("a", 2): 0.0, ("b", 0): 0.0})
-    assert statistics.paired_difference(first, second, num_draws=10).value == pytest.approx(50.0)
+    assert intervals.paired_difference(first, second, num_draws=10).value == pytest.approx(50.0)
 
 
 def test_only_shared_tasks_and_seeds_are_compared():
     first = rows(0, {("a", 0): 0.9, ("b", 0): 0.5, ("c", 3): 0.1, ("d", 0): 0.2})
     second = rows(1, {("a", 0): 0.4, ("c", 4): 0.9, ("d", 0): 0.6})
-    estimate = statistics.paired_difference(first, second, num_draws=10)
+    estimate = intervals.paired_difference(first, second, num_draws=10)
     assert estimate.value == pytest.approx(reference.paired_difference(first, second))
     with pytest.raises(ValueError, match="share no task and seed"):
-        statistics.paired_difference(first, rows(1, {("e", 0): 0.5}))
+        intervals.paired_difference(first, rows(1, {("e", 0): 0.5}))
 
 
 def test_what_pairs_share_cancels():
     """The same predictions give an interval of width zero; unpaired ones of the same accuracy do not."""
     first, second = rows(0, PLACES), rows(1, PLACES)
-    same = statistics.paired_difference(first, first.copy(), num_draws=50)
+    same = intervals.paired_difference(first, first.copy(), num_draws=50)
     assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
-    other = statistics.paired_difference(first, second, num_draws=50)
+    other = intervals.paired_difference(first, second, num_draws=50)
     assert other.high - other.low > 5
 
 
 def test_the_sign_follows_the_order():
     first, second = rows(0, dict.fromkeys(PLACES, 0.8)), rows(1, PLACES)
-    forward = statistics.paired_difference(first, second, num_draws=100)
-    backward = statistics.paired_difference(second, first, num_draws=100)
+    forward = intervals.paired_difference(first, second, num_draws=100)
+    backward = intervals.paired_difference(second, first, num_draws=100)
     assert backward.value == pytest.approx(-forward.value)
     assert forward.value > 0
 
@@ -66,9 +67,9 @@ def test_the_sign_follows_the_order():
 def test_an_interval_over_tasks_needs_two_of_them():
     first, second = rows(0, {("a", 0): 0.8}), rows(1, {("a", 0): 0.6})
     with pytest.raises(ValueError, match="needs at least two tasks, not 1"):
-        statistics.paired_difference(first, second)
+        intervals.paired_difference(first, second)
     with pytest.raises(ValueError, match="needs at least two tasks, not 1"):
-        statistics.over_tasks([4.0])
+        intervals.over_tasks([4.0])
 
 
 @pytest.mark.parametrize("num_tasks", [2, 3, 8])
@@ -82,7 +83,7 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say(num_tasks: int):
             pd.DataFrame([{"task": k, "seed": 0, "correct": pair[side]} for k, pair in enumerate(pairs)])
             for side in (0, 1)
         )
-        estimate = statistics.paired_difference(first, second, num_draws=200)
+        estimate = intervals.paired_difference(first, second, num_draws=200)
         covered += estimate.low <= 5.0 <= estimate.high
     assert covered / num_studies > 0.9
 
@@ -93,22 +94,22 @@ def test_the_same_test_images_are_drawn_under_every_seed():
     two = pd.concat([one, one.assign(seed=1)])
     zero = one.assign(correct=[np.zeros(400, bool)] * 2)
     zeros = pd.concat([zero, zero.assign(seed=1)])
-    single = statistics.paired_difference(one, zero, num_draws=1000)
-    double = statistics.paired_difference(two, zeros, num_draws=1000)
+    single = intervals.paired_difference(one, zero, num_draws=1000)
+    double = intervals.paired_difference(two, zeros, num_draws=1000)
     assert double.high - double.low == pytest.approx(single.high - single.low, rel=0.15)
 
 
 def test_more_alike_tasks_give_a_narrower_interval():
     base = rows(1, {(task, 0): 0.6 for task in "abcd"}, 1000)
-    alike = statistics.paired_difference(rows(0, {(task, 0): 0.8 for task in "abcd"}, 1000), base, num_draws=500)
+    alike = intervals.paired_difference(rows(0, {(task, 0): 0.8 for task in "abcd"}, 1000), base, num_draws=500)
     chances = {("a", 0): 1.0, ("b", 0): 0.9, ("c", 0): 0.7, ("d", 0): 0.6}
-    apart = statistics.paired_difference(rows(0, chances, 1000), base, num_draws=500)
+    apart = intervals.paired_difference(rows(0, chances, 1000), base, num_draws=500)
     assert apart.high - apart.low > 2 * (alike.high - alike.low)
 
 
 def test_draws_depend_on_the_seed_alone():
     first, second = rows(0, dict.fromkeys(PLACES, 0.8)), rows(1, PLACES)
-    one, other, third = (statistics.paired_difference(first, second, num_draws=50, seed=s) for s in (0, 0, 1))
+    one, other, third = (intervals.paired_difference(first, second, num_draws=50, seed=s) for s in (0, 0, 1))
     assert one == other
     assert one != third
     assert one.value == third.value
@@ -117,7 +118,7 @@ def test_draws_depend_on_the_seed_alone():
 def test_a_place_counted_twice_is_an_error():
     first = rows(0, {("a", 0): 0.5})
     with pytest.raises(ValueError, match=r"not one-to-one|not a one-to-one"):
-        statistics.paired_difference(pd.concat([first, first]), first)
+        intervals.paired_difference(pd.concat([first, first]), first)
 
 
 def test_matched_tables_keep_shared_sites_and_average_over_them():
@@ -126,34 +127,34 @@ def test_matched_tables_keep_shared_sites_and_average_over_them():
 
     first = table({"one": [True, True], "two": [True, False], "three": [False, False]})
     second = table({"one": [False, True], "two": [False, False]})
-    left, right = statistics.matched(first, second)
+    left, right = intervals.matched(first, second)
     np.testing.assert_array_equal(left["correct"][0], [1.0, 0.5])
     np.testing.assert_array_equal(right["correct"][0], [0.0, 0.5])
 
 
 def test_ratio_is_that_of_the_medians_and_its_interval_holds_it():
     below = np.random.default_rng(0).lognormal(0, 0.1, 40)
-    exact = statistics.ratio(list(2 * below), list(below))
+    exact = intervals.ratio(list(2 * below), list(below))
     assert (exact.value, exact.low, exact.high) == pytest.approx((2.0, 2.0, 2.0))
     above = np.random.default_rng(1).lognormal(0, 0.1, 40)
-    estimate = statistics.ratio(list(above), list(below))
+    estimate = intervals.ratio(list(above), list(below))
     assert estimate.value == pytest.approx(np.median(above) / np.median(below))
     assert estimate.low < estimate.value < estimate.high
 
 
 def test_interval_over_tasks_is_student_s():
     values = [1.0, 2.0, 4.0, 5.0]
-    estimate = statistics.over_tasks(values)
+    estimate = intervals.over_tasks(values)
     half = 3.18244630528 * np.std(values, ddof=1) / 2  # Student's quantile for three degrees of freedom
     assert (estimate.value, estimate.low, estimate.high) == pytest.approx((3.0, 3.0 - half, 3.0 + half))
 
 
 def test_spearman_sees_order_only_and_is_zero_where_all_are_equal():
     depth = np.array([0.0, 0.2, 0.5, 1.0])
-    assert statistics.spearman(depth, np.array([1.0, 2.0, 30.0, 31.0])) == pytest.approx(1.0)
-    assert statistics.spearman(depth, np.array([9.0, 4.0, 1.0, 0.0])) == pytest.approx(-1.0)
-    assert statistics.spearman(depth, np.array([1.0, 3.0, 2.0, 4.0])) == pytest.approx(1 - 6 * 2 / (4 * 15))
-    assert statistics.spearman(depth, np.full(4, 70.0)) == 0.0
+    assert intervals.spearman(depth, np.array([1.0, 2.0, 30.0, 31.0])) == pytest.approx(1.0)
+    assert intervals.spearman(depth, np.array([9.0, 4.0, 1.0, 0.0])) == pytest.approx(-1.0)
+    assert intervals.spearman(depth, np.array([1.0, 3.0, 2.0, 4.0])) == pytest.approx(1 - 6 * 2 / (4 * 15))
+    assert intervals.spearman(depth, np.full(4, 70.0)) == 0.0
 
 
 @pytest.mark.parametrize("num_sites", [2, 5, 9, 19])
@@ -161,18 +162,18 @@ def test_spearman_of_many_draws_is_scipy_s_of_each_with_the_same_bits(num_sites:
     random = np.random.default_rng(0)
     depth = np.round(random.random(num_sites), 1)  # some sites are as deep as others
     accuracy = random.integers(num_sites, size=(300, num_sites)) / 7
-    found = statistics.spearman(depth, accuracy)
+    found = intervals.spearman(depth, accuracy)
     for row, value in zip(accuracy, found, strict=True):
         expected = 0.0 if np.ptp(row) == 0 else stats.spearmanr(depth, row).statistic
         assert value == expected
-        assert statistics.spearman(depth, row) == value
+        assert intervals.spearman(depth, row) == value
 
 
 def test_deep_minus_shallow_of_many_draws_is_that_of_each():
     random = np.random.default_rng(0)
     depth, accuracy = random.permutation(np.linspace(0, 1, 9)), random.random((20, 9))
-    found = statistics.deep_minus_shallow(depth, accuracy)
-    np.testing.assert_array_equal(found, [statistics.deep_minus_shallow(depth, row) for row in accuracy])
+    found = intervals.deep_minus_shallow(depth, accuracy)
+    np.testing.assert_array_equal(found, [intervals.deep_minus_shallow(depth, row) for row in accuracy])
 
 
 @pytest.mark.parametrize(
@@ -181,8 +182,8 @@ def test_deep_minus_shallow_of_many_draws_is_that_of_each():
 )
 def test_deep_minus_shallow_compares_the_outer_thirds(accuracy: list[float], expected: float):
     depth = np.linspace(0, 1, len(accuracy))
-    assert statistics.deep_minus_shallow(depth, np.array(accuracy)) == pytest.approx(expected)
-    assert statistics.deep_minus_shallow(depth[::-1].copy(), np.array(accuracy[::-1])) == pytest.approx(expected)
+    assert intervals.deep_minus_shallow(depth, np.array(accuracy)) == pytest.approx(expected)
+    assert intervals.deep_minus_shallow(depth[::-1].copy(), np.array(accuracy[::-1])) == pytest.approx(expected)
 
 
 def by_depth(slopes: dict[str, float], num_images: int = 400) -> pd.DataFrame:
@@ -200,27 +201,27 @@ def by_depth(slopes: dict[str, float], num_images: int = 400) -> pd.DataFrame:
 
 def test_a_statistic_over_sites_is_the_mean_of_those_of_the_tasks():
     table = by_depth({"a": 0.2, "b": -0.1, "c": 0.1})
-    steep = statistics.over_sites(table, lambda depth, accuracy: accuracy[..., -1] - accuracy[..., 0], num_draws=50)
+    steep = intervals.over_sites(table, lambda depth, accuracy: accuracy[..., -1] - accuracy[..., 0], num_draws=50)
     assert steep.value == pytest.approx(100 * (0.2 - 0.1 + 0.1) / 3)
-    assert statistics.over_sites(table, statistics.spearman, num_draws=50).value == pytest.approx(1 / 3)
+    assert intervals.over_sites(table, intervals.spearman, num_draws=50).value == pytest.approx(1 / 3)
 
 
 def test_the_same_table_subtracted_leaves_nothing():
     table = by_depth({"a": 0.2, "b": -0.1})
-    nothing = statistics.over_sites(table, statistics.spearman, minus=table, num_draws=50)
+    nothing = intervals.over_sites(table, intervals.spearman, minus=table, num_draws=50)
     assert (nothing.value, nothing.low, nothing.high) == (0.0, 0.0, 0.0)
 
 
 def test_tables_on_other_sites_are_not_subtracted():
     table = by_depth({"a": 0.2, "b": -0.1})
     with pytest.raises(ValueError, match="differ in tasks, sites or seeds"):
-        statistics.over_sites(table, statistics.spearman, minus=table[table["depth"] > 0])
+        intervals.over_sites(table, intervals.spearman, minus=table[table["depth"] > 0])
 
 
 def test_an_estimate_reads_as_value_and_interval():
-    assert str(statistics.Estimate(value=1.234, low=-0.5, high=3.0)) == "1.23 [-0.50, 3.00]"
+    assert str(Estimate(value=1.234, low=-0.5, high=3.0)) == "1.23 [-0.50, 3.00]"
 
 
 def test_a_value_that_is_not_a_number_has_no_rank():
     with pytest.raises(ValueError, match="not a number; leave out the sites that were not measured"):
-        statistics.spearman(np.arange(3.0), np.array([1.0, np.nan, 2.0]))
+        intervals.spearman(np.arange(3.0), np.array([1.0, np.nan, 2.0]))

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
 import torch
@@ -13,8 +14,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from apthory import backbones, record_format, records, sites, sweeps, training
+from apthory import backbones, sites, tasks, training
 from apthory.__main__ import app
+from apthory.lab import records
+from apthory.studies import cells, layers, record_format
 
 SMALL = {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 32, "input_size": 32}
 RECIPE = training.Recipe(num_epochs=2, batch_size=16, num_train=24, num_validation=9, num_test=12, precision="float32")
@@ -22,7 +25,7 @@ CLOCKS = {"bundle_seconds"}
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> sweeps.Study:
+def study(tmp_path_factory: pytest.TempPathFactory) -> layers.Study:
     """A backbone of two blocks in a weight file, and a task in an image folder, so that any process sees the same."""
     folder = tmp_path_factory.mktemp("study")
     spec = {key: value for key, value in SMALL.items() if key != "input_size"}
@@ -35,8 +38,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> sweeps.Study:
             place = folder / "images" / part / task.classes[label]
             place.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(place / f"{index:03}.png")
-    return sweeps.Study(
-        protocol=sweeps.Protocol(recipe=RECIPE, learning_rates=(2e-2,), seeds=(0, 1), control_seeds=(0,)),
+    return layers.Study(
+        protocol=cells.Protocol(recipe=RECIPE, learning_rates=(2e-2,), seeds=(0, 1), control_seeds=(0,)),
         backbones=({"name": "vit_micro", "weights": str(folder / "weights.safetensors"), "device": "cpu", **SMALL},),
         tasks=(f"folder:{folder / 'images'}",),
         last_sites=2,
@@ -44,10 +47,10 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> sweeps.Study:
 
 
 @pytest.fixture(scope="module")
-def done(study: sweeps.Study, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[records.Record]]:
+def done(study: layers.Study, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[records.Record]]:
     """The whole study, run once in this process."""
     folder = tmp_path_factory.mktemp("records")
-    return folder, sweeps.fetch_study(study, folder)
+    return folder, layers.fetch_study(study, folder)
 
 
 def same(one: records.Record, other: records.Record) -> bool:
@@ -63,9 +66,9 @@ def names(cells: list[dict]) -> list[tuple[str, str]]:
 # ---------------------------------------------------------------------------------------------- cells
 
 
-def test_finer_studies_prompt_after_every_norm_layer_too(study: sweeps.Study):
-    finer = names(list(sweeps.cells(replace(study, finer=True))))
-    added = [cell for cell in finer if cell not in names(list(sweeps.cells(study)))]
+def test_finer_studies_prompt_after_every_norm_layer_too(study: layers.Study):
+    finer = names(list(layers.configurations(replace(study, finer=True))))
+    added = [cell for cell in finer if cell not in names(list(layers.configurations(study)))]
     assert added == [("ap", f"{place}:output") for place in ("blocks.0.norm1", "blocks.0.norm2", "blocks.1.norm1",
                                                              "blocks.1.norm2", "norm")]  # fmt: skip
 
@@ -73,19 +76,19 @@ def test_finer_studies_prompt_after_every_norm_layer_too(study: sweeps.Study):
 def test_a_norm_layer_lies_between_the_ends_of_its_block():
     spec = json.dumps({"name": "vit_micro"})
     names = [":input", "blocks.0:input", "blocks.0.norm1:output", "blocks.0.norm2:output", "blocks.1:input"]
-    depths = [sweeps._depth(spec, name) for name in names]
+    depths = [cells._depth(spec, name) for name in names]
     assert depths == pytest.approx([0, 1 / 9, 4 / 27, 5 / 27, 2 / 9])
-    assert sweeps._depth(spec, "blocks.7:output") == sweeps._depth(spec, ":output") == 1
+    assert cells._depth(spec, "blocks.7:output") == cells._depth(spec, ":output") == 1
 
 
 def test_the_paper_suite_names_networks_that_exist():
-    for spec in sweeps.WIDE:
-        model = backbones.create(**sweeps._architecture(spec))
+    for spec in layers.WIDE:
+        model = backbones.create(**cells._architecture(spec))
         assert len(sites.list_sites(model)) > 10
 
 
-def test_cells_are_prompts_and_cheap_controls_first(study: sweeps.Study):
-    assert names(list(sweeps.cells(study))) == [
+def test_cells_are_prompts_and_cheap_controls_first(study: layers.Study):
+    assert names(list(layers.configurations(study))) == [
         ("linear_probe", ""),
         ("ap", "blocks.1:input"),
         ("site_probe", "blocks.1:input"),
@@ -97,18 +100,18 @@ def test_cells_are_prompts_and_cheap_controls_first(study: sweeps.Study):
     ]
 
 
-def test_all_sites_start_at_the_image_where_prompting_is_visual(study: sweeps.Study):
+def test_all_sites_start_at_the_image_where_prompting_is_visual(study: layers.Study):
     every = replace(study, last_sites=None, norm_every=2, frozen_every=3, full=False)
-    prompts = [pair for pair in names(list(sweeps.cells(every))) if pair[0] in ("vp", "ap")]
+    prompts = [pair for pair in names(list(layers.configurations(every))) if pair[0] in ("vp", "ap")]
     assert prompts == [("vp", ":input"), *(("ap", f"blocks.{end}") for end in ("0:input", "1:input", "1:output"))]
-    chosen = names(list(sweeps.cells(every)))
+    chosen = names(list(layers.configurations(every)))
     assert [site for name, site in chosen if name == "frozen_head"] == ["blocks.1:input"]
     assert [site for name, site in chosen if name == "norm"] == ["blocks.1:input"]  # none lies after ":input"
     assert not any(name == "full" for name, _ in chosen)
 
 
-def test_a_cell_is_json_and_holds_the_whole_protocol(study: sweeps.Study):
-    for cell in sweeps.cells(study):
+def test_a_cell_is_json_and_holds_the_whole_protocol(study: layers.Study):
+    for cell in layers.configurations(study):
         assert json.loads(json.dumps(cell)) == json.loads(json.dumps(cell, sort_keys=True))
         assert training.Recipe(**cell["recipe"]) == RECIPE
         assert cell["learning_rates"] == [2e-2]
@@ -118,18 +121,18 @@ def test_a_cell_is_json_and_holds_the_whole_protocol(study: sweeps.Study):
 
 
 def test_studies_are_found_by_name_and_all_of_a_suite_without():
-    assert sweeps.find_studies("small", "mobilenet, S") == {n: sweeps.STUDIES["small"][n] for n in ("mobilenet", "S")}
-    assert sweeps.find_studies("small") == sweeps.STUDIES["small"]
+    assert layers.find_studies("small", "mobilenet, S") == {n: layers.STUDIES["small"][n] for n in ("mobilenet", "S")}
+    assert layers.find_studies("small") == layers.STUDIES["small"]
     for suite, names in (("small", "S,nothing"), ("huge", "S"), ("huge", "")):
         with pytest.raises(ValueError, match=f"no study .* in the suite '{suite}'; there are S "):
-            sweeps.find_studies(suite, names)
+            layers.find_studies(suite, names)
 
 
 @pytest.mark.parametrize(("suite", "name"), [("embedded", "S"), ("small", "S"), ("paper", "S5")])
 @pytest.mark.parametrize("backbone", backbones.SHIPPED)
 def test_named_studies_hold_every_block_site_of_the_shipped_backbones(suite: str, name: str, backbone: str):
-    study = replace(sweeps.STUDIES[suite][name], tasks=("textures",), finer=False)
-    cells = [cell for cell in sweeps.cells(study) if cell["backbone"]["name"] == backbone]
+    study = replace(layers.STUDIES[suite][name], tasks=("textures",), finer=False)
+    cells = [cell for cell in layers.configurations(study) if cell["backbone"]["name"] == backbone]
     places = sites.list_sites(backbones.load(backbone, device="cpu"))
     assert [site for name, site in names(cells) if name in ("vp", "ap")] == places[:: study.site_every]
     assert study.site_every == 1 or suite == "embedded"
@@ -147,9 +150,9 @@ def test_an_unknown_method_lists_those_there_are():
 
 
 def test_records_follow_the_cells_and_end_with_random_prompts_of_the_trained_norms(
-    study: sweeps.Study, done: tuple[Path, list[records.Record]]
+    study: layers.Study, done: tuple[Path, list[records.Record]]
 ):
-    main = list(sweeps.cells(study))
+    main = list(layers.configurations(study))
     found = done[1]
     assert [r.config for r in found[: len(main)]] == json.loads(json.dumps(main))
     trained = [r for r in found if r.config["method"]["name"] == "ap"]
@@ -162,10 +165,10 @@ def test_records_follow_the_cells_and_end_with_random_prompts_of_the_trained_nor
     assert len({r.key for r in found}) == len(found)
 
 
-def test_a_cell_says_what_tuning_and_evaluating_says(study: sweeps.Study, done: tuple[Path, list[records.Record]]):
+def test_a_cell_says_what_tuning_and_evaluating_says(study: layers.Study, done: tuple[Path, list[records.Record]]):
     record = next(r for r in done[1] if r.config["method"]["name"] == "ap")
     spec = record.config["backbone"]
-    backbone, task = backbones.load(**spec), sweeps.tasks.load(record.config["task"], 32)
+    backbone, task = backbones.load(**spec), tasks.load(record.config["task"], 32)
     fits = training.tune(
         backbone,
         task,
@@ -191,18 +194,18 @@ def test_every_value_is_json(done: tuple[Path, list[records.Record]]):
 
 
 def test_a_finished_study_is_read_and_nothing_is_trained(
-    study: sweeps.Study, done: tuple[Path, list[records.Record]], monkeypatch: pytest.MonkeyPatch
+    study: layers.Study, done: tuple[Path, list[records.Record]], monkeypatch: pytest.MonkeyPatch
 ):
     def never(*args: object, **options: object) -> None:
         raise AssertionError("trained again")
 
     monkeypatch.setattr(training, "tune", never)
-    assert sweeps.fetch_study(study, done[0]) == done[1]
+    assert layers.fetch_study(study, done[0]) == done[1]
 
 
 @pytest.mark.parametrize("after", [3, 9])
 def test_a_killed_study_goes_on_with_the_same_bits(
-    after: int, study: sweeps.Study, done: tuple[Path, list[records.Record]], tmp_path: Path
+    after: int, study: layers.Study, done: tuple[Path, list[records.Record]], tmp_path: Path
 ):
     tune, calls = training.tune, []
 
@@ -215,29 +218,29 @@ def test_a_killed_study_goes_on_with_the_same_bits(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "tune", killed)
         with pytest.raises(KeyboardInterrupt):
-            sweeps.fetch_study(study, tmp_path)
+            layers.fetch_study(study, tmp_path)
     left = records.load_all(tmp_path)
     assert len(left) < len(done[1])
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".json"]
     times = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    resumed = sweeps.fetch_study(study, tmp_path)
+    resumed = layers.fetch_study(study, tmp_path)
     assert all(map(same, resumed, done[1]))
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in times} == times  # what was done stays as it was
 
 
 def test_an_executor_gives_the_same_records_in_the_same_order(
-    study: sweeps.Study, done: tuple[Path, list[records.Record]], tmp_path: Path
+    study: layers.Study, done: tuple[Path, list[records.Record]], tmp_path: Path
 ):
     pools: list[Executor] = [
         ThreadPoolExecutor(1),  # torch.fx traces change the process, so threads cannot share one
-        sweeps.processes(1),
+        cells.processes(1),
     ]
     short = replace(study, last_sites=1, full=False)
     expected = [r for r in done[1] if r.config["method"].get("site") in (None, "blocks.1:output")]
     expected = [r for r in expected if r.config["method"]["name"] != "full"]
     for index, pool in enumerate(pools):
         with pool:
-            found = sweeps.fetch_study(short, tmp_path / str(index), pool)
+            found = layers.fetch_study(short, tmp_path / str(index), pool)
         assert [r.key for r in found] == [r.key for r in expected]
         if index:  # a process of its own computes with its own number of threads: the same up to rounding
             for one, other in zip(found, expected, strict=True):
@@ -248,7 +251,7 @@ def test_an_executor_gives_the_same_records_in_the_same_order(
 
 
 def test_an_executor_is_given_only_what_is_not_on_record(
-    study: sweeps.Study, done: tuple[Path, list[records.Record]], tmp_path: Path
+    study: layers.Study, done: tuple[Path, list[records.Record]], tmp_path: Path
 ):
     given = []
 
@@ -259,21 +262,21 @@ def test_an_executor_is_given_only_what_is_not_on_record(
 
     first, second, *_ = done[1]
     with Counting(1) as pool:
-        assert sweeps.fetch_all([first.config, second.config], done[0], pool) == [first, second]
+        assert cells.fetch_all([first.config, second.config], done[0], pool) == [first, second]
         assert not given
         (tmp_path / f"{second.key}.json").write_bytes((done[0] / f"{second.key}.json").read_bytes())
-        found = sweeps.fetch_all([first.config, second.config], tmp_path, pool)
+        found = cells.fetch_all([first.config, second.config], tmp_path, pool)
     assert given == [first.config]
     assert same(found[0], first)
     assert found[1] == second
 
 
-def test_a_failing_cell_ends_the_sweep_and_keeps_what_is_done(study: sweeps.Study, tmp_path: Path):
-    first, *_ = sweeps.cells(study)
+def test_a_failing_cell_ends_the_sweep_and_keeps_what_is_done(study: layers.Study, tmp_path: Path):
+    first, *_ = layers.configurations(study)
     broken = {**first, "method": {"name": "ap", "site": "blocks.7"}}
     later = [{**first, "learning_rates": [rate]} for rate in (1e-3, 2e-3, 3e-3, 4e-3)]
     with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match=r"no module 'blocks.7'"):
-        sweeps.fetch_all([first, broken, *later], tmp_path, pool)
+        cells.fetch_all([first, broken, *later], tmp_path, pool)
     left = records.load_all(tmp_path)
     assert first in [record.config for record in left]
     assert len(left) <= 2  # the one that had begun may end; the others are never begun
@@ -281,32 +284,32 @@ def test_a_failing_cell_ends_the_sweep_and_keeps_what_is_done(study: sweeps.Stud
 
 def test_two_records_of_one_configuration_are_not_told_apart(done: tuple[Path, list[records.Record]], tmp_path: Path):
     record = done[1][0]
-    assert sweeps.by_config([record, record]) == {json.dumps(record.config, sort_keys=True): record}
+    assert cells.by_config([record, record]) == {json.dumps(record.config, sort_keys=True): record}
     other = replace(record, key="0" * 64, weights="of another training")
     with pytest.raises(ValueError, match=rf"records {record.key[:12]} and 000000000000 are of one configuration"):
-        sweeps.by_config([record, other])
+        cells.by_config([record, other])
 
 
 def test_without_the_data_a_record_is_taken_as_it_is(
-    study: sweeps.Study, done: tuple[Path, list[records.Record]], tmp_path: Path
+    study: layers.Study, done: tuple[Path, list[records.Record]], tmp_path: Path
 ):
     record = done[1][0]
     gone = {**record.config, "task": "caltech101"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweeps, "_task", lambda name, size: sweeps.tasks.load("folder:/nowhere", size))
+        patch.setattr(cells, "_task", lambda name, size: tasks.load("folder:/nowhere", size))
         for variable in ("APTHORY_DATA", "APTHORY_WEIGHTS", "APTHORY_FRESH"):
             patch.delenv(variable, raising=False)
         with pytest.warns(UserWarning, match=r"taking the record of .* as it is, since no folder '/nowhere'"):
-            assert sweeps.fetch(record.config, done[0]) == record
+            assert cells.fetch(record.config, done[0]) == record
         with pytest.raises(ValueError, match="no folder '/nowhere'"):
-            sweeps.fetch(gone, done[0])
+            cells.fetch(gone, done[0])
 
 
 # ---------------------------------------------------------------------------------------------- tables
 
 
 def test_the_table_has_a_row_for_each_cell_and_seed(done: tuple[Path, list[records.Record]]):
-    table = sweeps.table(done[1])
+    table = cells.table(done[1])
     assert list(table.columns) == [
         "backbone",
         "task",
@@ -344,7 +347,7 @@ def test_correct_images_survive_packing():
 
 
 def test_best_sites_are_chosen_by_validation_for_each_task(done: tuple[Path, list[records.Record]]):
-    table = sweeps.table(done[1])
+    table = cells.table(done[1])
     table = table[table["method"] == "ap"].copy()
     first, second = table["site"] == "blocks.1:input", table["site"] == "blocks.1:output"
     table.loc[first, ["validation_accuracy", "accuracy"]] = [60.0, 10.0]
@@ -352,7 +355,7 @@ def test_best_sites_are_chosen_by_validation_for_each_task(done: tuple[Path, lis
     other = table.copy()
     other["task"] = "other"
     other.loc[second, "validation_accuracy"] = 70.0
-    best = sweeps.best_sites(sweeps.pd.concat([table, other], ignore_index=True))
+    best = cells.best_sites(pd.concat([table, other], ignore_index=True))
     assert best.groupby("task")["site"].unique().map(list).to_dict() == {
         table["task"].iloc[0]: ["blocks.1:input"],
         "other": ["blocks.1:output"],
@@ -360,9 +363,9 @@ def test_best_sites_are_chosen_by_validation_for_each_task(done: tuple[Path, lis
     assert len(best) == 4  # both seeds of each
 
 
-def test_run_study_is_the_table_of_its_records(study: sweeps.Study, done: tuple[Path, list[records.Record]]):
-    table = sweeps.run_study(study, done[0])
-    assert list(table["key"]) == list(sweeps.table(done[1])["key"])
+def test_run_study_is_the_table_of_its_records(study: layers.Study, done: tuple[Path, list[records.Record]]):
+    table = layers.run_study(study, done[0])
+    assert list(table["key"]) == list(cells.table(done[1])["key"])
 
 
 # ---------------------------------------------------------------------------------------------- command
@@ -378,9 +381,9 @@ def test_the_command_names_the_studies_there_are():
 
 
 def test_the_command_prints_means_of_a_study(
-    study: sweeps.Study, done: tuple[Path, list[records.Record]], monkeypatch: pytest.MonkeyPatch
+    study: layers.Study, done: tuple[Path, list[records.Record]], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setitem(sweeps.STUDIES, "embedded", {"tiny": study})
+    monkeypatch.setitem(layers.STUDIES, "embedded", {"tiny": study})
     monkeypatch.setattr(records, "folder", lambda suite: done[0])
     result = CliRunner().invoke(app, ["sweep", "tiny", "--suite", "embedded"])
     assert result.exit_code == 0, result.output

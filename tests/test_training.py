@@ -14,9 +14,11 @@ import tiny
 import torch
 from torch import nn
 
-from apthory import backbones, heads, methods, prompts, sites, tasks, training
-from apthory.methods import ActivationPrompting, FixedPrompt, FullFineTuning, LinearProbe, Method, NormTuning
-from apthory.training import Configuration, Fit, Recipe
+from apthory import backbones, heads, methods, sites, tasks, training
+from apthory.methods import ActivationPrompting, FixedPrompt, FullFineTuning, LinearProbe, Method, NormTuning, files
+from apthory.training import Configuration, Fit, Recipe, fitting
+from apthory.training import cache as training_cache
+from apthory.training.optimizer import Optimizer
 
 RECIPE = Recipe(num_epochs=3, batch_size=16, num_train=40, num_validation=12, num_test=20, precision="float32")
 SITE = {"vit": "blocks.1:input", "resnet": "layer2.0:input"}
@@ -97,7 +99,7 @@ def test_the_optimizer_is_that_of_torch(optimizer: str):
     with torch.no_grad():
         edit.values.normal_(generator=torch.Generator().manual_seed(7))
     plain = [[nn.Parameter(p[k].detach().clone()) for p in (edit.values, linear.weight, linear.bias)] for k in range(2)]
-    own = training._Optimizer(body, linear, method, configurations, recipe)
+    own = Optimizer(body, linear, method, configurations, recipe)
     theirs, schedulers = [], []
     for c, (values, weight, bias) in zip(configurations, plain, strict=True):
         groups = [{"params": [values], "lr": 4 * c.learning_rate}, {"params": [weight, bias], "lr": c.learning_rate}]
@@ -269,14 +271,14 @@ class Spied(ActivationPrompting):
 def test_only_prompt_and_head_receive_gradients(task: tasks.Task, monkeypatch: pytest.MonkeyPatch):
     backbone, method = tiny.backbone("resnet"), Spied(site="layer2.0:input", seen=([],))
     got: set[str] = set()
-    step = training._Optimizer.step
+    step = Optimizer.step
 
-    def spy(self: training._Optimizer, progress: float) -> None:
+    def spy(self: Optimizer, progress: float) -> None:
         got.update(name for name, p in backbone.named_parameters() if p.grad is not None)
         got.update(str(tuple(p.shape)) for p, _, _ in self.parameters if p.grad is not None)
         step(self, progress)
 
-    monkeypatch.setattr(training._Optimizer, "step", spy)
+    monkeypatch.setattr(Optimizer, "step", spy)
     before = backbones.digest(backbone)
     training.fit(backbone, task, method, BUNDLE[:2], recipe=RECIPE)
     assert got == {"(2, 8, 8, 8)", "(2, 32, 3)", "(2, 1, 3)"}  # prompts, heads' weights and biases
@@ -422,7 +424,7 @@ def test_every_prompt_learns_under_every_head(kind: str, method: Method, task: t
     torch.testing.assert_close(fits[1].state, alone.state, rtol=5e-3, atol=5e-4)
     for fit, evaluation in zip(fits, training.evaluate(task, fits), strict=True):
         x = reference.normalized(backbone, task.test, fit.split.test)
-        loaded = prompts.load(fit.save(tmp_path / "prompt.safetensors"), backbone)
+        loaded = files.load(fit.save(tmp_path / "prompt.safetensors"), backbone)
         with torch.no_grad():
             logits = fit.model(x)
             assert torch.equal(loaded(x), logits)
@@ -435,7 +437,7 @@ def test_a_mapping_starts_from_all_training_images_however_they_are_chunked(
     head = heads.LabelMapping(source_classifier(), "frequency")
     maps = []
     for chunk in (64, 7):
-        monkeypatch.setattr(training, "_CHUNK", chunk)
+        monkeypatch.setattr(training_cache, "_CHUNK", chunk)
         bundle = training.Bundle(tiny.backbone("resnet"), task, LinearProbe(), BUNDLE[:3:2], RECIPE, head=head)
         maps.append(bundle.heads.map.clone())
     assert torch.equal(*maps)
@@ -556,7 +558,7 @@ def tuned_rates(task: tasks.Task, monkeypatch: pytest.MonkeyPatch) -> dict:
             for c, s in zip(configurations, score, strict=True)
         ]
 
-    monkeypatch.setattr(training, "fit", fake)
+    monkeypatch.setattr(fitting, "fit", fake)
     return calls
 
 
@@ -708,7 +710,7 @@ def test_a_process_that_wants_determinism_keeps_it(task: tasks.Task):
 def test_precision_is_what_the_recipe_says(task: tasks.Task):
     backbone, x = tiny.backbone("vit"), tiny.images("vit", 2)
     for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        with torch.no_grad(), training.autocast(backbone, precision):
+        with torch.no_grad(), backbones.autocast(backbone, precision):
             assert sites.capture(backbone, ["blocks.1.mlp.fc1"], x)["blocks.1.mlp.fc1"].dtype == dtype
     recipe = replace(RECIPE, precision="bfloat16")
     (rough,) = training.fit(backbone, task, ActivationPrompting(site="blocks.1:input"), BUNDLE[:1], recipe=recipe)
@@ -730,7 +732,7 @@ def test_the_exported_model_predicts_what_evaluate_counts(family: str, shape: st
     for fit, evaluation in zip(fits, training.evaluate(task, fits), strict=True):
         x = reference.normalized(backbone, task.test, fit.split.test)
         labels = task.test.labels[fit.split.test]
-        loaded = prompts.load(fit.save(tmp_path / "prompt.safetensors"), backbone)
+        loaded = files.load(fit.save(tmp_path / "prompt.safetensors"), backbone)
         with torch.no_grad():
             logits = fit.model(x)
             assert torch.equal(loaded(x), logits)
@@ -759,7 +761,7 @@ def test_a_fit_without_a_prompt_says_so(task: tasks.Task):
 
 def test_the_last_batch_may_be_smaller_and_every_image_is_seen_once_an_epoch(task: tasks.Task):
     recipe = replace(RECIPE, num_train=37, batch_size=10, num_epochs=1)
-    orders = training._order(torch.arange(37), 3, 0), training._order(torch.arange(37), 3, 1)
+    orders = fitting._order(torch.arange(37), 3, 0), fitting._order(torch.arange(37), 3, 1)
     assert sorted(orders[0].tolist()) == sorted(orders[1].tolist()) == list(range(37))
     assert orders[0].tolist() != orders[1].tolist()
     (fit,) = training.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[:1], recipe=recipe)

@@ -11,7 +11,7 @@ from torch.func import jvp
 
 from apthory import sites
 from apthory.equivalence.networks import Network, spread
-from apthory.prompts import ActivationPrompt
+from apthory.methods import ActivationPrompt
 
 _ROUNDING = 1e-13  # of features: below it there is no effect to tune for
 

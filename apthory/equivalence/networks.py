@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from apthory import sites
 from apthory.equivalence.layers import BATCH_NORM, Edge, statement, statistics_owner, uses_batch_statistics
-from apthory.prompts import ActivationPrompt, Shape
+from apthory.methods import ActivationPrompt, Shape
 
 TOLERANCE = 1e-12  # relative, in float64: what "exact" means here
 Kind = Literal["exact", "no bias", "null", "absorbed", "border", "varying", "not found"]

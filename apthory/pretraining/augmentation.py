@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from apthory import backbones
-from apthory.diversity import reflected
+from apthory.methods.pixels.augmentation import reflected
 
 _GROUP = 8  # neighbours in a (shuffled) batch that share one draw of RandAugment
 

@@ -4,11 +4,10 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from apthory import backbones, records
+from apthory import backbones
+from apthory._tools.files import write_atomically
 
 MAX_STAGES = 8_000_000  # bytes of all shipped files from before the end of training, together
 _WEIGHTS = {"ema": "moving average", "model": "as trained"}
@@ -17,8 +16,8 @@ _ENDINGS = (".safetensors", ".json", ".md")
 
 def write(card: Mapping[str, Any], weights: Path) -> None:
     """Write the card of a weight file beside it, as JSON and as Markdown."""
-    records.write_atomically(weights.with_suffix(".json"), json.dumps(card, indent=2).encode() + b"\n")
-    records.write_atomically(weights.with_suffix(".md"), text(card).encode())
+    write_atomically(weights.with_suffix(".json"), json.dumps(card, indent=2).encode() + b"\n")
+    write_atomically(weights.with_suffix(".md"), text(card).encode())
 
 
 def read(weights: Path) -> dict[str, Any]:
@@ -155,20 +154,11 @@ def ship(files: Sequence[Path], folder: Path | None = None) -> list[Path]:
     for path, card in cards.items():
         content, target = path.read_bytes(), folder / path.name
         write(card, target)
-        records.write_atomically(target, content)
+        write_atomically(target, content)
         written.append(target)
     for path in there - {target.with_suffix(ending) for target in written for ending in _ENDINGS}:
         path.unlink()
     return written
-
-
-def command(
-    files: Annotated[list[Path], typer.Argument(help="NAME.safetensors, NAME.epoch-0008.safetensors, ...")],
-) -> None:
-    """Put exported weights into the package, with their cards, in place of those that it has of these backbones."""
-    for path in ship(files):
-        card = read(path)
-        typer.echo(f"{path.name}: top-1 {card['test']['top1']:.2%} on {card['test']['images']:,} test images")
 
 
 def _accepted(path: Path) -> dict[str, Any]:

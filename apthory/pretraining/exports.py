@@ -13,7 +13,8 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from apthory import backbones, records, tasks
+from apthory import backbones, tasks
+from apthory._tools.files import write_atomically
 from apthory.pretraining import cards
 from apthory.pretraining.augmentation import mean_std, normalized
 from apthory.pretraining.config import Config, find_device
@@ -78,7 +79,7 @@ def export(
         "before": state.get("before", []),
     }
     cards.write(card, output)
-    records.write_atomically(output, content)  # last: where the file is, its card is
+    write_atomically(output, content)  # last: where the file is, its card is
     return output
 
 

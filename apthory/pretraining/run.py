@@ -18,12 +18,14 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from apthory import records, tasks
-from apthory.determinism import random_stream, same_bits
+from apthory import tasks
+from apthory._tools.determinism import random_stream, same_bits
+from apthory._tools.environment import environment
+from apthory._tools.files import write_atomically
+from apthory._tools.progress import progress
 from apthory.pretraining import exports
 from apthory.pretraining.augmentation import crop_and_flip, mean_std, normalized, randaugment
 from apthory.pretraining.config import Config, find_device, find_precision
-from apthory.progress import progress
 from apthory.tasks import Images, Task
 
 _LOOK_EVERY = 20  # steps between two looks at the losses: each makes the host wait for the device
@@ -182,7 +184,7 @@ class Run:
             "curve": self.curve,
             "before": self.before,
             "keep": sorted(self.keep),
-            "environment": records.environment(),
+            "environment": environment(),
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -190,7 +192,7 @@ class Run:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         path = exports.path_of(folder, self.epoch)
-        records.write_atomically(path, buffer.getvalue())
+        write_atomically(path, buffer.getvalue())
         return path
 
     def resume(self, folder: Path) -> Path | None:

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from apthory.progress import progress
+from apthory._tools.progress import progress
 from apthory.tasks import remembered
 from apthory.tasks.task import Images, Task, check_size, sha256
 

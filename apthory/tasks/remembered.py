@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from apthory import records
+from apthory._tools.files import write_atomically
 
 
 class Finding(NamedTuple):
@@ -42,7 +42,7 @@ def recall(identity: Mapping[str, Any]) -> Finding | None:
 def remember(identity: Mapping[str, Any], finding: Finding) -> None:
     """Keep a finding, whole or not at all."""
     with suppress(OSError, RuntimeError):
-        records.write_atomically(_path(identity), json.dumps(finding._asdict()).encode())
+        write_atomically(_path(identity), json.dumps(finding._asdict()).encode())
 
 
 def _path(identity: Mapping[str, Any]) -> Path:

@@ -1,0 +1,91 @@
+"""Modules that were moved: their old names still import in this version, with a DeprecationWarning.
+
+An old module stands for those that took its place, and looks a name up in each of them. To be removed with version 0.2.
+"""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+MODULES = {  # old name -> the modules that have its contents now, the first one named in the warning
+    "bench": ("benchmarks.prefix_cache",),
+    "determinism": ("_tools.determinism",),
+    "diversity": ("methods.pixels.augmentation",),
+    "efficiency": ("costs", "studies.costs", "_tools.environment"),
+    "equivalence_study": ("studies.equivalence",),
+    "figures": ("lab.figures",),
+    "global_study": ("studies.global_features",),
+    "input_study": ("studies.input_limits",),
+    "layers": ("studies.site_search",),
+    "limits": ("equivalence.tokens", "metrics.universality", "costs"),
+    "mask_study": ("studies.masks",),
+    "metric_bench": ("benchmarks.metrics",),
+    "notebooks": ("lab.notebooks", "lab.claims"),
+    "pixel_bench": ("benchmarks.pixels",),
+    "pixel_study": ("studies.pixels",),
+    "pixel_suites": ("studies.pixel_grids",),
+    "pixels": ("methods.pixels", "methods.pixels.overlay"),
+    "profiles": ("metrics.profile",),
+    "progress": ("_tools.progress",),
+    "prompts": ("methods.activation", "methods.files"),
+    "ranking": ("selection.scores",),
+    "records": ("lab.records", "_tools.files", "_tools.environment"),
+    "regions": ("methods.pixels.regions",),
+    "stage_study": ("studies.during_training",),
+    "statistics": ("lab.intervals", "_tools.estimate"),
+    "sweeps": ("studies.cells", "studies.layers"),
+    "theory.study": ("studies.sample_complexity",),
+    "tracing": ("sites.tracing",),
+}
+
+
+class _OldModule(ModuleType):
+    """Has every name of the modules that took its place."""
+
+    def __getattr__(self, name: str) -> Any:
+        for module in self.__dict__["moved_to"]:
+            value = getattr(import_module(module), name, self)
+            if value is not self:
+                return value
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+
+class _Finder(MetaPathFinder, Loader):
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
+        package, _, name = fullname.partition(".")
+        return ModuleSpec(fullname, self) if package == "apthory" and name in MODULES else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _OldModule(spec.name, f"Moved; see `apthory.{MODULES[spec.name.partition('.')[2]][0]}`.")
+
+    def exec_module(self, module: ModuleType) -> None:
+        name = module.__name__.partition(".")[2]
+        module.__dict__["moved_to"] = [f"apthory.{place}" for place in MODULES[name]]
+        places = " and ".join(module.moved_to)
+        warnings.warn(
+            f"apthory.{name} is {places} now; the old name goes with version 0.2",
+            DeprecationWarning,
+            stacklevel=_depth(),
+        )
+
+
+def install() -> None:
+    """Let the old names be imported."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())
+
+
+def _depth() -> int:
+    """How far up the importing code is: past the import machinery and this package's own ``__getattr__``."""
+    depth, frame = 1, sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not ("importlib" in file or file in (__file__, sys.modules["apthory"].__file__)):
+            return depth
+        depth, frame = depth + 1, frame.f_back
+    return 1

@@ -1,0 +1,30 @@
+"""Frozen backbones: timm models by name, two micro networks that ship with the package, local weight files."""
+
+from apthory.backbones.frozen import (
+    architecture,
+    autocast,
+    default_device,
+    digest,
+    freeze,
+    input_size,
+    is_channels_last,
+    mean_std,
+    normalize,
+)
+from apthory.backbones.loading import (
+    SHIPPED,
+    card,
+    classifier,
+    create,
+    load,
+    shipped_folder,
+    stages,
+    start,
+    weight_file,
+)
+
+__all__ = [
+    "load", "classifier", "create", "start", "stages", "card", "SHIPPED", "shipped_folder", "weight_file",
+    "freeze", "digest", "architecture", "default_device", "autocast", "is_channels_last",
+    "input_size", "mean_std", "normalize",
+]  # fmt: skip

@@ -1,0 +1,115 @@
+"""Activation prompts: one learnable perturbation, the same for all inputs, added at one site of a frozen backbone."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from apthory import sites
+from apthory.methods.base import Body
+from apthory.methods.edits import Shift
+
+Shape = Literal["full", "channel"]
+
+
+class ActivationPrompt(nn.Module):
+    """``z + delta`` at a site; at ``:input`` this is visual prompting.
+
+    A *full* prompt has one value for every unit of the activation, a *channel* prompt one for every channel (after
+    a normalization layer that is exactly a shift of its bias). A zero prompt is the identity, bit for bit.
+
+    Args:
+        site: Canonical name of the place.
+        delta: The perturbation, in the units of the activation; it broadcasts over the batch.
+        shape: What the prompt's values stand for.
+    """
+
+    def __init__(self, site: str, delta: Float[Tensor, "*unit"], shape: Shape = "full") -> None:
+        super().__init__()
+        self.site = site
+        self.shape = shape
+        self.delta = nn.Parameter(delta)
+
+    @classmethod
+    def zeros(cls, backbone: nn.Module, site: str, shape: Shape = "full") -> "ActivationPrompt":
+        """The identity prompt for a site of this backbone."""
+        site = sites.resolve(backbone, site)
+        return cls(site, torch.zeros(prompt_shape(backbone, site, shape)), shape)
+
+    def forward(self, z: Float[Tensor, "batch *unit"]) -> Float[Tensor, "batch *unit"]:
+        unit, own = z.shape[1:], self.delta.shape
+        if len(own) > len(unit) or any(a not in (1, b) for a, b in zip(own[::-1], unit[::-1], strict=False)):
+            raise ValueError(
+                f"a prompt of shape {tuple(own)} does not fit the activation {tuple(unit)} "
+                f"at {self.site!r}; ActivationPrompt.zeros(backbone, {self.site!r}) has the right one"
+            )
+        return z + self.delta.to(z.dtype)
+
+    def relative_norm(self, z: Float[Tensor, "batch *unit"]) -> float:
+        """Norm of the prompt, spread over all units, divided by the mean norm of the activations."""
+        delta = self.delta.detach().expand(z.shape[1:]).float().norm()
+        return float(delta / z.float().flatten(1).norm(dim=1).mean())
+
+    def extra_repr(self) -> str:
+        return f"site={self.site!r}, shape={self.shape!r}, delta={tuple(self.delta.shape)}"
+
+
+def prompt_shape(backbone: nn.Module, site: str, shape: Shape = "full") -> tuple[int, ...]:
+    """Shape of a prompt's values: the activation's, or its channels with ones elsewhere."""
+    if shape not in get_args(Shape):
+        raise ValueError(f"prompt shape {shape!r} is not one of {', '.join(get_args(Shape))}")
+    unit = sites.site_shape(backbone, site)
+    if shape == "full":
+        return unit
+    axis = sites.channel_axis(backbone, site)
+    return tuple(size if index - len(unit) == axis else 1 for index, size in enumerate(unit))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationPrompting:
+    """A prompt at one site, and a head; at ``:input`` one on the whole normalized image."""
+
+    name: ClassVar[str] = "ap"
+    site: str  # where the prompt is added
+    shape: Shape = "full"  # one value a unit, or one a channel
+    relative: bool = True  # learn in units of the activation's root mean square
+    rate: float = 10.0  # learning rate of the prompt, relative to that of the head
+    head: Literal["trained", "frozen"] = "trained"  # frozen: at the linear probe's weights
+
+    def build(self, backbone: nn.Module, num: int) -> Body:
+        edit = Shift(num, prompt_shape(backbone, self.site, self.shape), self.relative)
+        prefix, suffix = sites.split(backbone, self.site, {self.site: edit})
+        return Body(prefix, suffix, nn.ModuleDict({"prompt": edit}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedPrompt:
+    """A head over a backbone with a frozen prompt: the control for what a random prompt of some size does."""
+
+    name: ClassVar[str] = "random"
+    site: str
+    norm: float  # Euclidean norm of the prompt over all units, in the activation's units
+    seed: int = 0  # direction of the prompt, uniform on the sphere
+    shape: Shape = "full"
+    head: ClassVar[str] = "trained"
+
+    def build(self, backbone: nn.Module, num: int) -> Body:
+        generator = torch.Generator().manual_seed(self.seed)
+        delta = torch.randn(prompt_shape(backbone, self.site, self.shape), generator=generator)
+        spread = delta.expand(sites.site_shape(backbone, self.site)).norm()
+        delta = (delta * (self.norm / spread)).to(next(backbone.parameters()).device)
+        prompt = ActivationPrompt(self.site, delta, self.shape).requires_grad_(False)
+        prefix, suffix = sites.split(backbone, self.site, {self.site: prompt})
+        return Body(_Chain(prefix, suffix, repr(self)), nn.Identity(), nn.ModuleDict())
+
+
+class _Chain(nn.Module):
+    def __init__(self, prefix: nn.Module, suffix: nn.Module, code: str) -> None:
+        super().__init__()
+        self.prefix, self.suffix = prefix, suffix
+        self.code = code  # tells one cached prefix from another
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (self.suffix(*self.prefix(x)),)

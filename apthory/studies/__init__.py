@@ -1,0 +1,1 @@
+"""The measurements behind notebooks, each from its configuration alone: what a record holds."""

@@ -1,0 +1,100 @@
+"""Scores of sites and searches among them, as records; and a picture of a ranking."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from apthory import selection, training
+from apthory.lab import figures, records
+from apthory.studies import cells
+from apthory.theory import tangent
+
+SOURCES = (selection, tangent)  # whose code decides the records, besides a cell's
+UNITS = {  # of the scores, larger being better
+    "coherence": "coherence (share of the gradient that images share)",
+    "windows": "minus the windows to cover",
+    "gain": "first-order gain (nats, at the norm of the activation)",
+    "newton": "second-order gain (nats), after three steps of conjugate gradients",
+    "alignment": "alignment of the tangent kernel with the labels",
+    "found": "windows times gradient of single images",
+}
+
+
+@records.versioned(3, name="apthory.layers.score")
+def score(
+    backbone: Mapping[str, Any],
+    task: str,
+    size: int,
+    places: Sequence[str],
+    num_examples: int,
+    num_second_order: int,
+    num_validation: int,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """`selection.rank_sites`, in the order of the sites given, and what it cost."""
+    model, data = cells.load(backbone, task, size)
+    table = selection.rank_sites(
+        model,
+        data,
+        places,
+        num_examples=num_examples,
+        num_second_order=num_second_order,
+        num_validation=num_validation,
+        seed=seed,
+    )
+    ordered = table.set_index("site").loc[list(places)].reset_index()
+    return {"sites": ordered.to_dict("records"), "cost": table.attrs["cost"]}
+
+
+@records.versioned(2, name="apthory.layers.search")
+def search(
+    backbone: Mapping[str, Any],
+    task: str,
+    size: int,
+    places: Sequence[str],
+    recipe: Mapping[str, Any],
+    learning_rates: Sequence[float],
+    budget: float,
+    score: str,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """`selection.find_site` among the sites given, and the chosen prompt on the test part, once."""
+    model, data = cells.load(backbone, task, size)
+    found = selection.find_site(
+        model,
+        data,
+        recipe=training.Recipe(**recipe),
+        budget=budget,
+        learning_rates=learning_rates,
+        places=places,
+        score=score,
+        seed=seed,
+    )
+    (evaluation,) = training.evaluate(data, [found.fit])
+    return {
+        "site": found.site,
+        "learning_rate": found.fit.configuration.learning_rate,
+        "validation_accuracy": found.fit.validation_accuracy,
+        "accuracy": evaluation.accuracy,
+        "correct": evaluation.correct.int(),
+        "flops": found.flops,
+        "exhaustive_flops": found.exhaustive_flops,
+        "trials": found.trials.to_dict("records"),
+    }
+
+
+def draw(table: pd.DataFrame, score: str, title: str, path: Path) -> None:
+    """The score by site, in the order of the backbone, as a picture of any format that matplotlib knows."""
+    ordered = table.assign(score=selection.SCORES[score](table)).sort_values("depth", kind="stable")
+    is_best = ordered["site"] == table["site"][0]
+    with figures.theme(width=0.7, rows=2):
+        figure = figures.Figure()
+        ax = figure.subplots()
+        colors = [figures.COLORS["ap" if best else "full"] for best in is_best]
+        ax.barh(ordered["site"], ordered["score"], color=colors)
+        ax.invert_yaxis()
+        ax.axvline(0, color="black", lw=0.6)
+        ax.set(title=title, xlabel=UNITS[score], ylabel="site, from the input to the output")
+        figure.savefig(path)
