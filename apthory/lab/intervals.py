@@ -132,12 +132,15 @@ def spearman(
 ) -> Float[np.ndarray, "*draw"] | float:
     """Rank correlation over the last axis; 0 where all accuracies are equal. Equal values share their mean rank.
 
+    Values count as equal if they agree to 12 digits: means of the same accuracies, summed in another order by another
+    processor, differ in their last bits, and no rank may depend on that.
+
     Raises:
         ValueError: If a value is not a number, and so has no rank.
     """
     if np.isnan(depth).any() or np.isnan(accuracy).any():
         raise ValueError("a value to rank is not a number; leave out the sites that were not measured")
-    ranks = (stats.rankdata(values, axis=-1) for values in (depth, accuracy))
+    ranks = (stats.rankdata(_to_12_digits(values), axis=-1) for values in (depth, accuracy))
     x, y = (rank - (rank.shape[-1] + 1) / 2 for rank in ranks)
     # Divided as `numpy.corrcoef` does: scipy's own, which takes one pair at a time, gives the same bits.
     freedom = max(x.shape[-1] - 1, 1)
@@ -146,6 +149,14 @@ def spearman(
     np.divide(covariance, np.sqrt(variances[0]), out=result, where=variances[0] > 0)
     np.divide(result, np.sqrt(variances[1]), out=result, where=variances[1] > 0)
     return result.clip(-1, 1)[()]
+
+
+def _to_12_digits(values: Float[np.ndarray, "*draw site"] | pd.Series) -> Float[np.ndarray, "*draw site"]:
+    x = np.asarray(values, float)
+    size = np.abs(x)
+    exponent = np.floor(np.log10(size, out=np.zeros_like(x), where=size > 0))
+    scale = 10.0 ** (11 - exponent)
+    return np.round(x * scale) / scale
 
 
 def deep_minus_shallow(

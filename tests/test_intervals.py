@@ -157,6 +157,15 @@ def test_spearman_sees_order_only_and_is_zero_where_all_are_equal():
     assert intervals.spearman(depth, np.full(4, 70.0)) == 0.0
 
 
+def test_no_rank_depends_on_the_last_bits_of_a_mean():
+    """Means of the same accuracies differ in their last bits where another processor sums them in another order."""
+    depth, accuracy = np.array([0.0, 0.2, 0.5, 1.0, 1.0]), np.array([41.2, 3e-9, 41.2, 55.0, 0.0])
+    moved = accuracy * (1 + 1e-15 * np.array([1, -1, -1, 1, 0]))
+    assert (moved != accuracy).any()
+    assert intervals.spearman(depth, moved) == intervals.spearman(depth, accuracy)
+    assert intervals.spearman(depth, accuracy + np.array([1e-6, 0, 0, 0, 0])) != intervals.spearman(depth, accuracy)
+
+
 @pytest.mark.parametrize("num_sites", [2, 5, 9, 19])
 def test_spearman_of_many_draws_is_scipy_s_of_each_with_the_same_bits(num_sites: int):
     random = np.random.default_rng(0)
