@@ -97,5 +97,5 @@ venv:
 	    $(PYTHON) -m venv --clear $(VENV); touch $(VENV)/.incomplete; \
 	  else echo 'bringing $(VENV) up to date'; fi; \
 	  rm -f $(VENV)/.installed; cat pyproject.toml constraints.txt > $(VENV)/.installing; \
-	  $(RUN) pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,open-clip]'; \
+	  $(RUN) pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,studies,data,open-clip]'; \
 	  rm -f $(VENV)/.incomplete; mv $(VENV)/.installing $(VENV)/.installed; }

@@ -13,6 +13,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from apthory._tools.extras import MissingExtraError, from_extra
+
 
 class _Commands(TyperGroup):
     """Commands whose errors are one line, unless the traceback is asked for."""
@@ -20,7 +22,7 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (ValueError, OSError, MemoryError, FloatingPointError) as error:
+        except (ValueError, OSError, MemoryError, FloatingPointError, MissingExtraError) as error:
             if ctx.params["debug"] or isinstance(error, BrokenPipeError):  # `apthory check | head`
                 raise
             typer.echo(f"Error: {' '.join(str(error).split()) or type(error).__name__}", err=True)
@@ -129,9 +131,10 @@ def tasks(
 @app.command()
 def cite() -> None:
     """Print BibTeX for apthory and the papers that it studies."""
-    import yaml
-
     from apthory.lab import records
+
+    with from_extra("studies"):
+        import yaml
 
     path = records.root() / "CITATION.cff"
     if not path.is_file():

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from apthory import backbones, training
+from apthory._tools.extras import from_extra
 from apthory.heads import CosineHead, TextHead
 from apthory.tasks import Task
 
@@ -136,10 +137,8 @@ def load(
         ValueError: If there is no such architecture, or no such tag or file of weights.
         OSError: If the weights cannot be had, or do not fit.
     """
-    try:
+    with from_extra("open-clip"):
         import open_clip
-    except ImportError as error:
-        raise ImportError("CLIP needs open_clip; install it by the extra: apthory[open-clip]") from error
     known = open_clip.list_models()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)

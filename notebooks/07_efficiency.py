@@ -22,6 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from apthory import training
 from apthory.lab import claims, figures, intervals, records
 from apthory.studies import costs as cost_study
 

@@ -44,6 +44,7 @@ ONLY_IN = {
     "papermill": {"lab.notebooks"},
     "jupytext": {"lab.notebooks"},
 }
+INSTALLED = ("dev", "studies", "data", "open-clip")  # extras that `make` installs
 # Names that differ from pyproject.toml's: of what is imported, and of conda-forge's packages.
 REQUIREMENTS = {
     "PIL": "pillow",
@@ -52,7 +53,6 @@ REQUIREMENTS = {
     "skimage": "scikit-image",
     "open_clip": "open-clip-torch",
     "torch_cka": "torch-cka",
-    "distributed": "dask",
 }
 CONDA_NAMES = {"pytorch": "torch", "matplotlib-base": "matplotlib", "seaborn-base": "seaborn"}
 
@@ -128,6 +128,20 @@ def test_imported_packages_are_declared(module):
         assert requirement in core or not on_load, f"{module} imports {package} on load; do it in use"
 
 
+def test_every_extra_is_used():
+    sources = [*MODULES.values(), *(ROOT / "notebooks").glob("*.py")]
+    used = {name.split(".")[0] for path in sources for name, _ in imports(path.read_text(), "")}
+    used = {REQUIREMENTS.get(package, package) for package in used}
+    _, extras = declared()
+    for extra in extras.keys() - {"dev"}:
+        assert used & {requirement.name for requirement in extras[extra]}, f"nothing imports a package of {extra!r}"
+
+
+def test_make_installs_the_extras():
+    assert f"'.[{','.join(INSTALLED)}]'" in (ROOT / "Makefile").read_text()
+    assert f"'.[{','.join(INSTALLED)}]'" in (ROOT / "constraints.txt").read_text()
+
+
 # ----------------------------------------------------------------------------------- packages and versions
 
 
@@ -143,9 +157,9 @@ def declared() -> tuple[list[Requirement], dict[str, list[Requirement]]]:
 
 
 def direct() -> dict[str, Requirement]:
-    """What `make` installs and the figures are made with: the package's requirements, `dev`'s and `open-clip`'s."""
+    """What `make` installs and the figures are made with: the package's requirements, and those of most extras."""
     project, extras = declared()
-    installed = [*project, *extras["dev"], *extras["open-clip"]]
+    installed = [*project, *(one for name in INSTALLED for one in extras[name])]
     return {canonicalize_name(requirement.name): requirement for requirement in installed}
 
 

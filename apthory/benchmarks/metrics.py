@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from apthory import backbones, costs, sites
+from apthory._tools.extras import from_extra
 from apthory.lab import records
 from apthory.metrics import attention, similarity
 
@@ -185,7 +186,8 @@ def _peer(
     model: nn.Module, names: Sequence[str], loader: DataLoader, device: torch.device
 ) -> Float[Tensor, "layer layer"] | None:
     """CKA by torch-cka, its messages held back and its hooks taken away; None if it finds no number."""
-    from torch_cka import CKA
+    with from_extra("bench"):
+        from torch_cka import CKA
 
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")  # that both networks have one name, and that they share a loader

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from apthory._tools.extras import from_extra
 from apthory._tools.files import write_atomically
 from apthory._tools.progress import progress
 from apthory.lab import figures, records
@@ -89,8 +90,9 @@ def run(
 
 def execute(source: Path, parameters: Mapping[str, Any], *, timeout: int | None = None) -> str:
     """Run one text notebook; return the executed one as JSON text, stripped of all that is not content."""
-    import nbformat  # these two take seconds to import, and every notebook imports this module
-    import papermill
+    with from_extra("studies"):  # they take seconds to import, and every notebook imports this module
+        import nbformat
+        import papermill
 
     notebook = _read_source(source)
     try:
@@ -177,7 +179,8 @@ def older_records() -> list[str]:
 
 
 def _read_source(source: Path) -> Any:
-    import jupytext
+    with from_extra("studies"):
+        import jupytext
 
     notebook = jupytext.read(source)
     notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -186,7 +189,8 @@ def _read_source(source: Path) -> Any:
 
 def _check_parameters(source: Path, overrides: Mapping[str, Any]) -> None:
     """Unknown parameters are errors here; papermill itself only warns."""
-    import papermill
+    with from_extra("studies"):
+        import papermill
 
     known = papermill.inspect_notebook(_read_source(source))
     if unknown := sorted(overrides.keys() - known.keys()):

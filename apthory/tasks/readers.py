@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
+from apthory._tools.extras import from_extra
 from apthory.tasks.decoding import Part, Stamp, check_unchanged, make_task
 from apthory.tasks.embedded import EMBEDDED, draw
 from apthory.tasks.task import Task, sha256, some
@@ -235,7 +236,8 @@ def from_hub(
         OSError: If the data set cannot be loaded.
         ValueError: If splits or columns are missing, or images cannot be read (counted and named).
     """
-    import datasets
+    with from_extra("data"):
+        import datasets
 
     try:
         found = datasets.load_dataset(identifier, **options)
