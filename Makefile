@@ -9,7 +9,7 @@ NOTEBOOKS_small := 03 04 06 08 09 10# the others draw on no real images
 SCRATCH := build/notebooks-$(SUITE)
 
 .DEFAULT_GOAL := help
-.PHONY: help figures figure small gpu bench test lint format notebooks-check clean venv
+.PHONY: help figures figure small gpu bench test lint format notebooks-check graph clean venv
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -81,6 +81,9 @@ notebooks-check: venv ## run notebooks on the committed records and compare each
 	  diff -rq -x .ipynb_checkpoints -x __pycache__ -x '00_*' $$folder $(SCRATCH)/$$folder || exit 1; \
 	done
 	@echo 'notebooks and figures of the $(SUITE) suite are what the committed records give, byte for byte'
+
+graph: ## print the rooms of the package and who imports whom
+	@$(PYTHON) tests/imports.py
 
 clean: ## remove caches and scratch files; .venv stays (delete it to install anew)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

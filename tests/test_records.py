@@ -429,3 +429,28 @@ def test_the_project_is_found_from_inside_it(tmp_path, monkeypatch):
     assert records.folder("small") == Path("/elsewhere/figures/small/records")
     with pytest.raises(ValueError, match="no suite 'huge'; there are embedded, small, paper"):
         records.folder("huge")
+
+
+# ------------------------------------------------------------------------------------- the committed records
+
+BENCHMARKS = ("apthory.bench.", "apthory.pixel_bench.", "apthory.metric_bench.")
+SPARE = {"c10eae115b9e"}  # VP on CIFAR-10 by itself, run before the same prompt was run under corruption
+
+
+@pytest.mark.parametrize("suite", ["embedded", "small"])
+def test_every_key_that_notebooks_ask_for_has_its_record(suite):
+    """The list is compared with what notebooks ask for by `make notebooks-check`; here with what is kept."""
+    folder = ROOT / "figures" / suite
+    keys = (folder / "keys.txt").read_text().split()
+    assert keys == sorted(set(keys))
+    kept = {record.key: record for record in records.load_all(folder / "records")}
+    assert set(keys) <= kept.keys(), "records are gone that the notebooks ask for"
+    rest = [kept[key] for key in kept.keys() - set(keys) if key[:12] not in SPARE]
+    others = {record.name for record in rest if not record.name.startswith(BENCHMARKS)}
+    assert not others, "records that no notebook asks for; remove them, or list their keys"
+
+
+def test_records_that_are_kept_are_those_of_the_functions_as_they_are():
+    for suite in ("embedded", "small"):
+        for record in records.load_all(ROOT / "figures" / suite / "records"):
+            assert records.superseded(record) == "", record.key

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 MODULES = {  # old name -> the modules that have its contents now, the first one named in the warning
@@ -42,14 +42,19 @@ MODULES = {  # old name -> the modules that have its contents now, the first one
     "theory.study": ("studies.sample_complexity",),
     "tracing": ("sites.tracing",),
 }
+_MACHINERY = ("apthory", "importlib", "_frozen_importlib", "beartype", "jaxtyping")
 
 
 class _OldModule(ModuleType):
     """Has every name of the modules that took its place."""
 
+    def __init__(self, name: str) -> None:
+        self.places = [f"apthory.{place}" for place in MODULES[name.removeprefix("apthory.")]]
+        super().__init__(name, f"Moved to {' and '.join(self.places)}.")
+
     def __getattr__(self, name: str) -> Any:
-        for module in self.__dict__["moved_to"]:
-            value = getattr(import_module(module), name, self)
+        for place in () if name.startswith("__") else self.places:
+            value = getattr(import_module(place), name, self)
             if value is not self:
                 return value
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
@@ -60,18 +65,16 @@ class _Finder(MetaPathFinder, Loader):
         package, _, name = fullname.partition(".")
         return ModuleSpec(fullname, self) if package == "apthory" and name in MODULES else None
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return _OldModule(spec.name, f"Moved; see `apthory.{MODULES[spec.name.partition('.')[2]][0]}`.")
+    def create_module(self, spec: ModuleSpec) -> _OldModule:
+        return _OldModule(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        name = module.__name__.partition(".")[2]
-        module.__dict__["moved_to"] = [f"apthory.{place}" for place in MODULES[name]]
-        places = " and ".join(module.moved_to)
-        warnings.warn(
-            f"apthory.{name} is {places} now; the old name goes with version 0.2",
-            DeprecationWarning,
-            stacklevel=_depth(),
-        )
+        assert isinstance(module, _OldModule)
+        places = " and ".join(module.places)
+        message = f"{module.__name__} is {places} now; the old name goes with version 0.2"
+        frame = _importer()
+        importer, seen = frame.f_globals.get("__name__", ""), frame.f_globals.setdefault("__warningregistry__", {})
+        warnings.warn_explicit(message, DeprecationWarning, frame.f_code.co_filename, frame.f_lineno, importer, seen)
 
 
 def install() -> None:
@@ -80,12 +83,9 @@ def install() -> None:
         sys.meta_path.append(_Finder())
 
 
-def _depth() -> int:
-    """How far up the importing code is: past the import machinery and this package's own ``__getattr__``."""
-    depth, frame = 1, sys._getframe(1)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if not ("importlib" in file or file in (__file__, sys.modules["apthory"].__file__)):
-            return depth
-        depth, frame = depth + 1, frame.f_back
-    return 1
+def _importer() -> FrameType:
+    """Where the import was written: past the frames of the import machinery and of this package."""
+    frame = sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _MACHINERY:
+        frame = frame.f_back
+    return frame

@@ -1,0 +1,69 @@
+"""Old names of modules still import, say where their contents are now, and have them."""
+
+import subprocess
+import sys
+import warnings
+from importlib import import_module
+
+import pytest
+from imports import MODULES, PACKAGE
+
+from apthory._tools import moved
+
+NAMES = {  # what users of the old modules imported from them
+    "bench": "race", "determinism": "random_stream", "diversity": "randaugmented", "efficiency": "count_flops",
+    "equivalence_study": "measure_layers", "figures": "theme", "global_study": "measure_profile",
+    "input_study": "measure_rank", "layers": "score", "limits": "universality", "mask_study": "measure_masks",
+    "metric_bench": "race", "notebooks": "Judge", "pixel_bench": "race", "pixel_study": "run_shifted",
+    "pixel_suites": "STUDIES", "pixels": "Layout", "profiles": "layer_profile", "progress": "progress",
+    "prompts": "save", "ranking": "rank_sites", "records": "write_atomically", "regions": "MaskGenerator",
+    "stage_study": "with_stage", "statistics": "Estimate", "sweeps": "run_study", "theory.study": "measure_counts",
+    "tracing": "UntraceableError",
+}  # fmt: skip
+
+
+@pytest.fixture
+def forgotten(monkeypatch):
+    """Old modules as if none was imported yet."""
+    for name in moved.MODULES:
+        monkeypatch.delitem(sys.modules, f"apthory.{name}", raising=False)
+
+
+@pytest.mark.parametrize("name", sorted(moved.MODULES))
+def test_an_old_module_warns_and_has_what_it_had(name, forgotten):
+    with pytest.warns(DeprecationWarning, match=rf"^apthory\.{name} is apthory\.[\w.]+.* now; ") as caught:
+        old = import_module(f"apthory.{name}")
+    assert caught[0].filename == __file__
+    found = [getattr(import_module(f"apthory.{place}"), NAMES[name], None) for place in moved.MODULES[name]]
+    assert getattr(old, NAMES[name]) in [value for value in found if value is not None]
+    with pytest.raises(AttributeError, match=f"module 'apthory.{name}' has no attribute 'nothing'"):
+        _ = old.nothing
+
+
+def test_both_spellings_of_an_import_warn_the_one_who_writes_it(forgotten):
+    for line in (
+        "from apthory import prompts",
+        "from apthory.prompts import ActivationPrompt",
+        "import apthory.prompts",
+    ):
+        sys.modules.pop("apthory.prompts", None)
+        sys.modules["apthory"].__dict__.pop("prompts", None)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            exec(compile(line, "a user's file", "exec"), {})
+        assert [str(one.filename) for one in caught if one.category is DeprecationWarning] == ["a user's file"], line
+
+
+def test_no_old_name_is_a_module_again():
+    assert not {name for name in moved.MODULES if name in MODULES or f"{name}.__init__" in MODULES}
+
+
+def test_nothing_of_ours_uses_an_old_name():
+    code = f"""
+import importlib, sys
+for name in {[name.removesuffix(".__init__") for name in MODULES if not name.startswith("__")]}:
+    importlib.import_module(f"apthory.{{name}}")
+print({{f"apthory.{{name}}" for name in {sorted(moved.MODULES)}}} & sys.modules.keys())
+"""
+    shown = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    assert shown.stdout == "set()\n"
