@@ -115,10 +115,13 @@ def shared(module: types.ModuleType | None) -> Iterator[tuple[str, Any]]:
 
 def _handed_out(function: Any) -> Iterator[Any]:
     """What a cached function keeps: the garbage collector sees it, keys (plain values and tuples of them) included."""
-    for part in gc.get_referents(function):
-        for item in part.values() if type(part) is dict else [part]:
-            if type(item) not in _ATOMS and not isinstance(item, (*_OPAQUE, tuple)):
-                yield item
+    parts = [part for part in gc.get_referents(function) if part is not vars(function)]
+    if function.cache_parameters()["maxsize"] is None:
+        parts = [item for part in parts if type(part) is dict for item in part.values()]
+    for part in parts:
+        is_index = type(part) is dict and any(type(item).__name__ == "_lru_list_elem" for item in part.values())
+        if not is_index and type(part) not in _ATOMS and not isinstance(part, (*_OPAQUE, tuple)):
+            yield part
 
 
 class Guard:

@@ -54,8 +54,9 @@ def test_a_change_is_named_once(name: str, monkeypatch: pytest.MonkeyPatch):
     assert own.changes(None) == []
 
 
-def test_a_change_of_what_a_cache_or_a_wide_fixture_holds_is_seen(monkeypatch: pytest.MonkeyPatch):
-    @functools.lru_cache(maxsize=2)
+@pytest.mark.parametrize("maxsize", [None, 2])
+def test_a_change_of_what_a_cache_or_a_wide_fixture_holds_is_seen(maxsize: int | None, monkeypatch: pytest.MonkeyPatch):
+    @functools.lru_cache(maxsize)
     def made(num: int) -> dict[str, Any]:
         return {"values": np.zeros(num)}
 
