@@ -15,7 +15,7 @@ import pytest
 import timm.layers.config
 import torch
 
-pytest_plugins = ["pytester"]
+pytest_plugins = ["plan", "pytester"]
 
 # The same examples on every run, and no deadline: the first call of a test pays for imports and traces.
 hypothesis.settings.register_profile("apthory", derandomize=True, deadline=None, database=None)
