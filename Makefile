@@ -4,12 +4,14 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
+# A worker for each core, of one thread: more threads than cores make tests wait for each other, several times as long.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 SUITE := embedded
 NOTEBOOKS_small := 03 04 06 08 09 10# the others draw on no real images
 SCRATCH := build/notebooks-$(SUITE)
 
 .DEFAULT_GOAL := help
-.PHONY: help figures figure small gpu bench test lint format notebooks-check graph clean venv
+.PHONY: help figures figure small gpu bench test test-all lint format notebooks-check graph clean venv
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -56,8 +58,11 @@ bench: venv ## measure the prefix cache, steps on pixels, CKA and attention dist
 	$(RUN) pip install -qq --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(RUN) apthory bench-metrics
 
-test: venv ## run all tests; a part of them: make test ARGS='-m "not slow"'
-	$(RUN) pytest $(ARGS)
+test: venv ## run the tests that are not slow (4 minutes on two cores); a part of them: make test ARGS='-k sites'
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: venv ## run all tests; resumes where it was stopped until a file changes; a seventh: ARGS='--rotate 0/7'
+	$(PYTEST) --resume $(ARGS)
 
 lint: venv ## check style, format and types
 	$(RUN) ruff check .

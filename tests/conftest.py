@@ -4,12 +4,18 @@ apthory is never imported here: jaxtyping's import hook (see pyproject.toml) has
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import guard
 import hypothesis
+import numpy as np
 import pytest
+import timm.layers.config
 import torch
+
+pytest_plugins = ["plan", "pytester"]
 
 # The same examples on every run, and no deadline: the first call of a test pays for imports and traces.
 hypothesis.settings.register_profile("apthory", derandomize=True, deadline=None, database=None)
@@ -45,6 +51,11 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+def _set_environ(values: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(values)
+
+
 # What a library must leave as it found it: how to read it, and how to set it back.
 _PROCESS = {
     "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
@@ -56,6 +67,15 @@ _PROCESS = {
     "matmul precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     "number of threads": (torch.get_num_threads, torch.set_num_threads),
     "seed": (torch.initial_seed, torch.manual_seed),
+    "oneDNN": (lambda: torch.backends.mkldnn.enabled, lambda value: setattr(torch.backends.mkldnn, "enabled", value)),
+    "denormal numbers": (lambda: float(torch.tensor(1e-40) * 1) > 0, lambda value: torch.set_flush_denormal(not value)),
+    "fused attention": (timm.layers.config.use_fused_attn, timm.layers.config.set_fused_attn),
+    "floating-point errors": (np.geterr, lambda value: np.seterr(**value)),
+    "working directory": (os.getcwd, os.chdir),
+    "environment": (
+        lambda: {key: one for key, one in os.environ.items() if key != "PYTEST_CURRENT_TEST"},
+        _set_environ,
+    ),
 }
 
 
@@ -71,3 +91,26 @@ def _process_unchanged() -> Iterator[None]:
     if changed:
         changes = ", ".join(f"{name} from {old} to {new}" for name, (old, new) in changed.items())
         pytest.fail(f"the test left the process changed: {changes}; change it inside a context that restores")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> Iterator[object]:
+    value = yield
+    if fixturedef.scope != "function" and not type(value).__module__.startswith("_pytest"):
+        guard.FIXTURES[fixturedef] = value
+        guard.GUARD.note(f"fixture {fixturedef.argname}", value)
+    return value
+
+
+def pytest_fixture_post_finalizer(fixturedef: pytest.FixtureDef) -> None:
+    guard.FIXTURES.pop(fixturedef, None)
+
+
+@pytest.fixture(autouse=True)
+def _shared_unchanged(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that changes what other tests see too, by name; they get a new network in the changed one's place."""
+    yield
+    if changed := guard.GUARD.changes(request.node.module):
+        if "tiny" in sys.modules:
+            sys.modules["tiny"].MADE.clear()
+        pytest.fail(f"the test changed what it shares with others: {', '.join(changed)}; make a copy, or set it back")

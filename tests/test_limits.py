@@ -160,7 +160,10 @@ class Branching(nn.Module):
         return x if x.sum() > 0 else -x
 
 
-STEM = nn.Sequential(nn.Conv2d(3, 8, 2, 2), nn.GELU(), nn.Conv2d(8, 16, 2, 2))
+def stem() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 2, 2), nn.GELU(), nn.Conv2d(8, 16, 2, 2))
+
+
 ELSEWHERE = {
     r"'patch_embed.norm' follows, so the shift depends on the image": partial(tiny.backbone, "swin"),
     r"'stem.1' follows, so the shift depends on the image": partial(tiny.backbone, "convnext"),
@@ -168,7 +171,7 @@ ELSEWHERE = {
     r"the patches of 'conv1' overlap or leave gaps \(kernel \(7, 7\)": partial(tiny.backbone, "resnet"),
     r"the patches of 'conv_stem' overlap or leave gaps": partial(tiny.backbone, "mobilenetv2"),
     r"overlap or leave gaps .*padding \(1, 1\)": lambda: changed(patch_embed__proj=nn.Conv2d(3, 16, 4, 4, 1)),
-    r"'patch_embed.proj.1' \(GELU\) follows: .* begins a stem": lambda: changed(patch_embed__proj=STEM),
+    r"'patch_embed.proj.1' \(GELU\) follows: .* begins a stem": lambda: changed(patch_embed__proj=stem()),
     r"not begin with a dense convolution": lambda: changed(patch_embed__proj=nn.Conv2d(3, 15, 4, 4, groups=3)),
     r"differ from an affine map of the patches by": lambda: changed(patch_embed=Squared(vit().patch_embed)),
     r"torch.fx cannot trace it": Branching,

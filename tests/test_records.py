@@ -30,8 +30,9 @@ calls: list[dict] = []
 
 @pytest.fixture(autouse=True)
 def _no_calls(monkeypatch):
-    calls.clear()
     monkeypatch.delenv("APTHORY_FRESH", raising=False)
+    yield
+    calls.clear()
 
 
 @records.versioned(1, name="tests.double")

@@ -1,7 +1,9 @@
 """Backbones and tasks that are small enough to test every claim on, but have every part of the real ones."""
 
-from functools import cache, partial
+from collections.abc import Callable
+from functools import partial, wraps
 
+import guard
 import timm
 import torch
 from timm.models.resnet import BasicBlock
@@ -11,8 +13,26 @@ from apthory import backbones, tasks
 
 FAMILIES = ("vit", "deit", "swin", "convnext", "resnet", "mobilenetv2")
 
+MADE: dict[tuple[str, torch.dtype], nn.Module] = {}
+IN_USE: dict[tuple[str, torch.dtype], nn.Module] = {}  # handed out since the guard last looked (conftest.py)
 
-@cache
+
+def _shared(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """One network for all tests, so that it is made and traced once; ``__wrapped__`` makes one of a test's own."""
+
+    @wraps(make)
+    def shared(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+        key = family, dtype
+        if key not in MADE:
+            MADE[key] = make(family, dtype)
+            guard.GUARD.note(f"tiny.backbone{key}", MADE[key])
+        IN_USE[key] = MADE[key]
+        return MADE[key]
+
+    return shared
+
+
+@_shared
 def backbone(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A frozen backbone of random weights, none of them zero or one, so that no part of it can go unnoticed."""
     generator = torch.Generator().manual_seed(0)
