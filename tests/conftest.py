@@ -51,8 +51,14 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+def _environ() -> dict[str, str]:
+    """Without what pytest, and OpenMP when scikit-learn loads it, note there."""
+    return {key: value for key, value in os.environ.items() if key != "PYTEST_CURRENT_TEST" and key[:4] != "KMP_"}
+
+
 def _set_environ(values: dict[str, str]) -> None:
-    os.environ.clear()
+    for key in _environ().keys() - values.keys():
+        del os.environ[key]
     os.environ.update(values)
 
 
@@ -89,6 +95,9 @@ def _process_unchanged() -> Iterator[None]:
     for name, (value, _) in changed.items():
         _PROCESS[name][1](value)
     if changed:
+        if "environment" in changed:  # the rest of it is nobody's business
+            old, new = (values.items() for values in changed["environment"])
+            changed["environment"] = dict(old - new), dict(new - old)
         changes = ", ".join(f"{name} from {old} to {new}" for name, (old, new) in changed.items())
         pytest.fail(f"the test left the process changed: {changes}; change it inside a context that restores")
 
