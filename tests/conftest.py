@@ -73,10 +73,18 @@ _PROCESS = {
     "floating-point errors": (np.geterr, lambda value: np.seterr(**value)),
     "working directory": (os.getcwd, os.chdir),
     "environment": (
-        lambda: {key: one for key, one in os.environ.items() if key != "PYTEST_CURRENT_TEST"},
+        lambda: {key: one for key, one in os.environ.items() if not key.startswith(("PYTEST_CURRENT_TEST", "KMP_"))},
         _set_environ,
     ),
 }
+
+
+def _difference(old: object, new: object) -> str:
+    """In words; of dictionaries the names alone that differ, since values may be private."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
+        return f"in {', '.join(sorted(names))}"
+    return f"from {old} to {new}"
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +97,7 @@ def _process_unchanged() -> Iterator[None]:
     for name, (value, _) in changed.items():
         _PROCESS[name][1](value)
     if changed:
-        changes = ", ".join(f"{name} from {old} to {new}" for name, (old, new) in changed.items())
+        changes = ", ".join(f"{name} {_difference(old, new)}" for name, (old, new) in changed.items())
         pytest.fail(f"the test left the process changed: {changes}; change it inside a context that restores")
 
 
