@@ -51,14 +51,8 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def _environ() -> dict[str, str]:
-    """Without what pytest, and OpenMP when scikit-learn loads it, note there."""
-    return {key: value for key, value in os.environ.items() if key != "PYTEST_CURRENT_TEST" and key[:4] != "KMP_"}
-
-
 def _set_environ(values: dict[str, str]) -> None:
-    for key in _environ().keys() - values.keys():
-        del os.environ[key]
+    os.environ.clear()
     os.environ.update(values)
 
 
@@ -79,10 +73,18 @@ _PROCESS = {
     "floating-point errors": (np.geterr, lambda value: np.seterr(**value)),
     "working directory": (os.getcwd, os.chdir),
     "environment": (
-        lambda: {key: one for key, one in os.environ.items() if key != "PYTEST_CURRENT_TEST"},
+        lambda: {key: one for key, one in os.environ.items() if not key.startswith(("PYTEST_CURRENT_TEST", "KMP_"))},
         _set_environ,
     ),
 }
+
+
+def _difference(old: object, new: object) -> str:
+    """In words; of dictionaries the names alone that differ, since values may be private."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
+        return f"in {', '.join(sorted(names))}"
+    return f"from {old} to {new}"
 
 
 @pytest.fixture(autouse=True)
@@ -95,10 +97,7 @@ def _process_unchanged() -> Iterator[None]:
     for name, (value, _) in changed.items():
         _PROCESS[name][1](value)
     if changed:
-        if "environment" in changed:  # the rest of it is nobody's business
-            old, new = (values.items() for values in changed["environment"])
-            changed["environment"] = dict(old - new), dict(new - old)
-        changes = ", ".join(f"{name} from {old} to {new}" for name, (old, new) in changed.items())
+        changes = ", ".join(f"{name} {_difference(old, new)}" for name, (old, new) in changed.items())
         pytest.fail(f"the test left the process changed: {changes}; change it inside a context that restores")
 
 

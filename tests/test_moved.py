@@ -27,6 +27,10 @@ def forgotten(monkeypatch):
     """Old modules as if none was imported yet."""
     for name in moved.MODULES:
         monkeypatch.delitem(sys.modules, f"apthory.{name}", raising=False)
+    yield
+    for name in moved.MODULES:
+        package, _, module = f"apthory.{name}".rpartition(".")
+        vars(sys.modules.get(package, moved)).pop(module, None)
 
 
 @pytest.mark.parametrize("name", sorted(moved.MODULES))

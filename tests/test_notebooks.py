@@ -9,20 +9,18 @@ import os
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import jupytext
 import nbformat
 import papermill
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from apthory.__main__ import app
 from apthory._tools.progress import progress
-from apthory.lab import notebooks, records
+from apthory.lab import notebooks, records, registry
 
-REPOSITORY = Path(notebooks.__file__).parents[1]
+REPOSITORY = Path(notebooks.__file__).parents[2]
 
 EXAMPLE = """\
 # ---
@@ -140,7 +138,7 @@ def inside(executed, monkeypatch):
     monkeypatch.syspath_prepend(executed["project"])
     importlib.import_module("sums")  # its function is known to `check` by name alone
     yield lambda *arguments: CliRunner().invoke(app, arguments)
-    sys.modules.pop("sums", None)
+    del sys.modules["sums"], registry._loaded["sums.total"]
 
 
 def test_executing_twice_gives_the_same_bytes(executed):
@@ -332,20 +330,6 @@ def test_cite_prints_bibtex_for_the_software_and_the_papers(monkeypatch):
     for number in ("2604.06440", "2212.10556", "2403.13282"):
         assert result.output.count(f"arXiv:{number}") == 1
     assert result.output.count("{") == result.output.count("}")
-
-
-@pytest.mark.parametrize("name", ["pretrain", "sweep", "bench"])
-def test_commands_of_other_modules_are_found_when_called(monkeypatch, name):
-    def command(size: int, fast: bool = False):
-        typer.echo(f"{name} {size} {fast}")
-
-    module = {"pretrain": "pretraining", "sweep": "studies", "bench": "bench"}[name]
-    monkeypatch.setitem(sys.modules, f"apthory.{module}", SimpleNamespace(command=command))
-    result = CliRunner().invoke(app, [name, "3", "--fast"])
-    assert result.exit_code == 0
-    assert result.output == f"{name} 3 True\n"
-    assert "--fast" in CliRunner().invoke(app, [name, "--help"]).output
-    assert CliRunner().invoke(app, [name, "three"]).exit_code == 2
 
 
 @pytest.mark.parametrize(("target", "is_below"), [("terminal", True), ("log", False)])

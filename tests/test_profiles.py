@@ -1,5 +1,6 @@
 """Claims about profiles: every number is the metric's own, in the row of its site; and about the studies behind 04."""
 
+import copy
 import json
 import math
 
@@ -123,7 +124,7 @@ def test_images_that_cannot_be_measured_are_refused(change, message: str):
 
 
 def test_training_mode_is_refused_before_any_statistic_moves():
-    model = tiny.backbone.__wrapped__("resnet").train()  # its own, since it stays in that mode
+    model = copy.deepcopy(tiny.backbone("resnet")).train()
     before = backbones.digest(model)
     with pytest.raises(ValueError, match="training mode"):
         metrics.layer_profile(model, tiny.images("resnet", 4))

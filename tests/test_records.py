@@ -107,7 +107,8 @@ def test_a_function_may_move_and_keeps_its_records(tmp_path):
     assert fetch(tmp_path, function=moved)["y"] == 6
 
 
-def test_two_functions_cannot_record_under_one_name():
+def test_two_functions_cannot_record_under_one_name(monkeypatch):
+    monkeypatch.setattr(registry, "_loaded", {"tests.double": double})
     with pytest.raises(ValueError, match=r"two functions record as 'tests\.double': .*:double and .*<lambda>; rename"):
         records.versioned(1, name="tests.double")(lambda x: {"y": x})
     with pytest.raises(ValueError, match=r"the table of names has 'apthory\.bench\.race' at .*; correct it"):
@@ -374,7 +375,7 @@ def study(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     module = importlib.import_module("study")
     yield source, module
-    del sys.modules["study"]
+    del sys.modules["study"], registry._loaded["study.run"]
 
 
 def edit(study, old, new):

@@ -3,7 +3,7 @@
 A record's key is the SHA-256 of its function's name and integer version, its configuration, and the digests
 of data and weights. The code is *not* part of the key, so that an edit does not throw hours of work away:
 raise the version by hand when results change. Nor does a function's place matter: `versioned` gives it a name for ever
-(see `apthory.registry`). Beside the values stand the code's digests, the environment and the time it took.
+(see `apthory.lab.registry`). Beside the values stand the code's digests, the environment and the time it took.
 
 Two environment variables serve those who change the code. ``APTHORY_COMPUTE=0`` makes computing an error, so that
 whatever was recorded is either found or named as missing; ``APTHORY_KEYS`` names a file to which the key of every
@@ -67,7 +67,7 @@ def versioned(version: int, *, name: str) -> Callable[[_Function], _Function]:
     Args:
         version: To be raised by hand when the results change.
         name: Kept for ever, wherever the function moves. Another process can tell what the records are only if the
-            name stands in `apthory.registry` or the module of the function was loaded.
+            name stands in `apthory.lab.registry` or the module of the function was loaded.
 
     Raises:
         ValueError: If another function has the name.

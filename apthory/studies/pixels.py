@@ -1,7 +1,7 @@
 """Prompts on pixels beside activation prompts and tuning: cells by question, and what prompts do on other images.
 
 A study is made of parts, one for each question. Cells that several parts share, and those that a layer study under
-the same protocol has, are computed once. What each suite asks is in `apthory.pixel_suites`.
+the same protocol has, are computed once. What each suite asks is in `apthory.studies.pixel_grids`.
 """
 
 import itertools

@@ -137,7 +137,7 @@ class Overlay(nn.Module):
         layout: Where the prompt lies.
         num: Configurations in the bundle.
         init: Standard deviation of the initial prompt.
-        diversity: Augmentation of training images: moved first, RandAugment last (see `apthory.diversity`).
+        diversity: Augmentation of training images: moved first, RandAugment last (see `augmentation`).
         normalization: Descend by plain SGD along the gradient divided by this norm of it (see `descend`); None leaves
             the prompt to the recipe's optimizer.
         temperature: Of Gumbel-Softmax, in the first epoch.
@@ -280,7 +280,7 @@ class Overlay(nn.Module):
 class PixelPrompt(nn.Module):
     """One trained pixel prompt: maps normalized images of the backbone's size to prompted ones, with nothing random.
 
-    It is an edit at the site ``:input``, so that `prompts.PromptedBackbone` makes a model of it.
+    It is an edit at the site ``:input``, so that `methods.PromptedBackbone` makes a model of it.
     """
 
     site = ":input"
