@@ -72,7 +72,9 @@ def test_an_interval_over_tasks_needs_two_of_them():
         intervals.over_tasks([4.0])
 
 
-@pytest.mark.parametrize("num_tasks", [2, 3, 8])
+@pytest.mark.parametrize(
+    "num_tasks", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_intervals_cover_the_truth_about_as_often_as_they_say(num_tasks: int):
     """Tasks whose true differences scatter around 5 points, 200 images each; few tasks must give wide intervals."""
     random, covered, num_studies = np.random.default_rng(0), 0, 150

@@ -170,7 +170,7 @@ def test_a_site_probe_can_be_had_at_every_block_site(family: str):
         assert width == sites.site_shape(backbone, site)[sites.channel_axis(backbone, site)]
 
 
-@pytest.mark.parametrize("name", backbones.SHIPPED)
+@pytest.mark.parametrize("name", ["resnet_micro", pytest.param("vit_micro", marks=pytest.mark.slow)])
 def test_every_method_can_be_had_at_every_block_site_of_a_shipped_backbone(name: str):
     backbone = backbones.load(name, device="cpu")
     for site in sites.list_sites(backbone):

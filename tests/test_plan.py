@@ -25,7 +25,8 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
 
     def run(*arguments: str) -> tuple[list[str], dict[str, int], int]:
-        result = pytester.runpytest_subprocess("-v", "-p", "plan", "-p", "no:cacheprovider", *arguments)
+        start = pytester.runpytest_subprocess if "-n" in arguments else pytester.runpytest_inprocess
+        result = start("-v", "-p", "plan", "-p", "no:cacheprovider", *arguments)
         words = [line.split() for line in result.outlines if "::" in line and "%]" in line]
         names = [next(word for word in line if "::" in word) for line in words]
         return names, result.parseoutcomes() if result.outlines else {}, int(result.ret)
@@ -33,7 +34,7 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch):
     return run
 
 
-@pytest.mark.parametrize("workers", [[], ["-n", "2"]])
+@pytest.mark.parametrize("workers", [[], pytest.param(["-n", "2"], marks=pytest.mark.slow)])
 def test_what_passed_is_left_out_until_the_tree_changes(workers: list[str], run, pytester: pytest.Pytester):
     first, outcomes, code = run("--resume", *workers)
     assert (len(first), outcomes["passed"], outcomes["failed"], outcomes["skipped"], code) == (14, 11, 1, 2, 1)

@@ -62,8 +62,14 @@ def num_hooks(model: nn.Module) -> int:
 # ---------------------------------------------------------------------------------------------- split
 
 
+# Every family is cut in the tests below too, at fewer sites; these two have the most, and take the longest.
+FAMILIES = [
+    pytest.param(name, marks=pytest.mark.slow if name in ("swin", "mobilenetv2") else ()) for name in tiny.FAMILIES
+]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_suffix_of_prefix_is_the_backbone_bit_for_bit_at_every_site(family: str):
     model = tiny.backbone(family)
     batches = [tiny.images(family, num) for num in (1, 5)]  # the trace itself saw 2 and 3
