@@ -76,10 +76,11 @@ else:  # the same names, each from its module when it is first used: torch and t
         "load_task": "load",
         "save_prompt": "save",
     }
+    _OTHERS = ("benchmarks", "costs", "lab", "pretraining", "studies", "theory")  # reached by their names alone
     moved.install()
 
     def __getattr__(name):
-        if name in _DEFINED_IN or name in moved.MODULES:
+        if name in _DEFINED_IN or name in _OTHERS or name in moved.MODULES:
             return import_module(f"{__name__}.{name}")
         for module, names in _DEFINED_IN.items():
             if name in names:
@@ -88,4 +89,4 @@ else:  # the same names, each from its module when it is first used: torch and t
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__():
-        return sorted({*globals(), *__all__, *(name for name in _DEFINED_IN if "." not in name)})
+        return sorted({*globals(), *__all__, *(name for name in (*_DEFINED_IN, *_OTHERS) if "." not in name)})

@@ -2,7 +2,6 @@
 
 import ast
 import os
-import random
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import fields
@@ -13,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from apthory._tools.extras import MissingExtraError, from_extra
+from apthory._tools.extras import MissingExtraError
 
 
 class _Commands(TyperGroup):
@@ -79,7 +78,8 @@ def check(
 
     A claim is printed with what it says, how it is measured, and its verdicts; a figure with what it was made from.
     """
-    from apthory.lab import claims, notebooks, records
+    from apthory.lab import check as stale
+    from apthory.lab import claims, records
 
     if not any((records.root() / name).is_dir() for name in ("notebooks", "figures")):
         raise FileNotFoundError(
@@ -99,12 +99,16 @@ def check(
                 raise ValueError(f"no claim and no file {name!r}; claims like it: {', '.join(sorted(near)) or 'none'}")
     else:
         _print_ledger(claims.ledger())
-        found += notebooks.problems()
-        if older := notebooks.older_records():
+        found += stale.problems()
+        if older := stale.older_records():
             typer.echo(f"\n{len(older)} records were made by older code (kept: their version holds):")
             typer.echo("\n".join(f"  {line}" for line in older[:10] + ["..."] * (len(older) > 10)))
     if recompute:
-        found += _recompute_one()
+        if record := stale.random_record():
+            typer.echo(f"\ncomputing record {record.key[:12]} again: {record.name}, took {record.wall_seconds:.1f} s")
+            found += [f"record {record.key[:12]}: {difference}" for difference in records.recompute(record)]
+        else:
+            found.append("there is no record to compute again")
     if found:
         typer.echo("\n".join(["", "stale:", *(f"  {line}" for line in found)]))
     elif not names or recompute or any(Path(name).is_file() for name in names):
@@ -131,16 +135,9 @@ def tasks(
 @app.command()
 def cite() -> None:
     """Print BibTeX for apthory and the papers that it studies."""
-    from apthory.lab import records
+    from apthory.lab import citation
 
-    with from_extra("studies"):
-        import yaml
-
-    path = records.root() / "CITATION.cff"
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}; call this from the repository or set APTHORY_ROOT")
-    software = yaml.safe_load(path.read_text("utf-8"))
-    typer.echo("\n\n".join(map(_bibtex, [software, *software.get("references", ())])))
+    typer.echo("\n\n".join(citation.entries()))
 
 
 @app.command()
@@ -368,41 +365,6 @@ def _describe(note: dict[str, Any]) -> str:
     head = [f"{note['figure']} ({note['suite']} suite)", f"  numbers: SHA-256 {note['csv_sha256']}"]
     made = [f"  {count} records of {name}" for name, count in kinds.most_common()]
     return "\n".join([*head, *made, *(f"  {' '.join(keys[i : i + 8])}" for i in range(0, len(keys), 8))])
-
-
-def _recompute_one() -> list[str]:
-    from apthory.lab import records
-
-    kept = [record for suite in records.SUITES for record in records.load_all(records.folder(suite))]
-    kept = [record for record in kept if not records.superseded(record)]
-    if not kept:
-        return ["there is no record to compute again"]
-    record = random.SystemRandom().choice(kept)
-    typer.echo(f"\ncomputing record {record.key[:12]} again: {record.name}, took {record.wall_seconds:.1f} s")
-    return [f"record {record.key[:12]}: {difference}" for difference in records.recompute(record)]
-
-
-def _bibtex(work: dict[str, Any]) -> str:
-    """A work of CITATION.cff, the software itself or one of its references, as a BibTeX entry."""
-    names = [[person.get("family-names"), person.get("given-names")] for person in work["authors"]]
-    authors = [
-        f"{{{person['name']}}}" if "name" in person else ", ".join(filter(None, name))
-        for person, name in zip(work["authors"], names, strict=True)
-    ]
-    year = str(work.get("year") or work.get("date-released", ""))[:4]
-    identifiers = [identifier["value"] for identifier in work.get("identifiers", ())]
-    entries = {
-        "title": f"{{{work['title']}}}",
-        "author": " and ".join(authors),
-        "year": year,
-        "version": work.get("version"),
-        "url": work.get("repository-code") or work.get("url"),
-        "note": ", ".join([*identifiers, *filter(None, [work.get("notes")])]),
-    }
-    is_software = "cff-version" in work
-    key = work["title"] if is_software else f"{names[0][0]}{year}".lower()
-    lines = [f"  {name:<7} = {{{value}}}" for name, value in entries.items() if value]
-    return f"@{'software' if is_software else 'misc'}{{{key},\n" + ",\n".join(lines) + "\n}"
 
 
 def main() -> None:

@@ -109,7 +109,10 @@ def test_check_calls_nothing_that_a_record_names(project, monkeypatch, options):
     monkeypatch.chdir(project)
     result = call("check", *options)
     assert result.exit_code == 1
-    assert f"stale:\n  record {content['key'][:12]}: no function records as 'os.system'\n" in result.stdout
+    assert (
+        f"stale:\n  record {content['key'][:12]}: no function records as 'os.system'; remove the record"
+        in result.stdout
+    )
     assert not (project / "done").exists()
 
 

@@ -393,7 +393,7 @@ def test_a_head_in_words_wants_clip():
     with pytest.raises(
         ValueError, match=r"'vit_micro' has no text tower; a text head wants CLIP, such as clip:ViT-B-32"
     ):
-        cells.make_head({"template": clip.VP_TEMPLATE}, {"name": "vit_micro"}, ["a", "b"])
+        record_format.head_of({"template": clip.VP_TEMPLATE}, {"name": "vit_micro"}, ["a", "b"])
 
 
 @pytest.mark.parametrize("classes", ["cat", []])

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from apthory._tools.estimate import Estimate
-from apthory.lab import claims, figures, notebooks, records
+from apthory.lab import check, claims, figures, records
 
 # The claims that the study set out to judge, with their numbers of statistics; dropping one fails here.
 STATISTICS = {
@@ -217,16 +217,16 @@ def test_the_ledger_lists_every_claim_with_its_verdicts():
 def test_a_verdict_by_another_rule_is_stale(project, name, value):
     judge("AP-11", 2.0, (1.2, 2.8))
     path = project / "figures" / "small" / "ledger" / "AP-11.json"
-    assert not [problem for problem in notebooks.problems() if "another rule" in problem]
+    assert not [problem for problem in check.problems() if "another rule" in problem]
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
     table = claims.ledger()
     assert list(table[table.suite == "small"].verdict) == ["stale"]
-    assert [problem for problem in notebooks.problems() if "another rule" in problem]
+    assert [problem for problem in check.problems() if "another rule" in problem]
 
 
 def test_a_verdict_without_its_records_is_a_problem():
     judge("AP-11", 0.5, (0.2, 0.8), made_from=["b" * 64])
-    (problem,) = notebooks.problems()
+    (problem,) = check.problems()
     assert "AP-11.json: record bbbbbbbbbbbb is missing" in problem
     assert figures.record_problems(["b" * 12], "small") == ["record bbbbbbbbbbbb is missing"]
 

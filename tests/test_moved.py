@@ -35,7 +35,7 @@ def forgotten(monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(moved.MODULES))
 def test_an_old_module_warns_and_has_what_it_had(name, forgotten):
-    with pytest.warns(DeprecationWarning, match=rf"^apthory\.{name} is apthory\.[\w.]+.* now; ") as caught:
+    with pytest.warns(DeprecationWarning, match=rf"^apthory\.{name} is apthory\.[\w.]+ now; ") as caught:
         old = import_module(f"apthory.{name}")
     assert caught[0].filename == __file__
     found = [getattr(import_module(f"apthory.{place}"), NAMES[name], None) for place in moved.MODULES[name]]
@@ -71,3 +71,25 @@ print({{f"apthory.{{name}}" for name in {sorted(moved.MODULES)}}} & sys.modules.
 """
     shown = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
     assert shown.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(("old", "new"), sorted(moved.RENAMED.items()))
+def test_a_name_that_is_another_now_is_there(old, new, forgotten):
+    module, _, name = old.rpartition(".")
+    with pytest.warns(DeprecationWarning, match="now; the old name goes with version 0.2") as caught:
+        value = getattr(import_module(module), name)
+    assert value is getattr(import_module(f"apthory.{new[0]}"), new[1])
+    assert caught[0].filename == __file__
+
+
+def test_a_star_imports_all_that_an_old_module_had(forgotten):
+    names: dict = {}
+    with pytest.warns(DeprecationWarning, match="^apthory.prompts is"):
+        exec("from apthory.prompts import *", names)
+    assert {"ActivationPrompt", "PromptedBackbone", "save", "load"} <= names.keys()
+
+
+@pytest.mark.parametrize("module", ["training", "studies"])
+def test_a_name_that_never_was_is_the_usual_error(module):
+    with pytest.raises(AttributeError, match=f"^module 'apthory.{module}' has no attribute 'nothing'$"):
+        _ = import_module(f"apthory.{module}").nothing

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from apthory.__main__ import app
 from apthory._tools.progress import progress
-from apthory.lab import notebooks, records, registry
+from apthory.lab import check, notebooks, records, registry
 
 REPOSITORY = Path(notebooks.__file__).parents[2]
 
@@ -300,7 +300,7 @@ def test_stale_tells_why(project):
     assert "another version of 00_sums.py" in notebooks.stale(source, twin, "small")
     twin.write_text(json.dumps({"metadata": {}}))
     assert "another version" in notebooks.stale(source, twin, "small")
-    assert len(notebooks.problems()) == 2  # not run for the embedded suite, and this one
+    assert len(check.problems()) == 2  # not run for the embedded suite, and this one
 
 
 @pytest.mark.parametrize(

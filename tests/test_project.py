@@ -40,7 +40,7 @@ ONLY_IN = {
     "datasets": {"tasks.readers"},
     "open_clip": {"clip"},
     "matplotlib": {"lab.figures"},
-    "seaborn": {"lab.figures"},
+    "seaborn": set(),  # in notebooks alone
     "papermill": {"lab.notebooks"},
     "jupytext": {"lab.notebooks"},
 }

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -233,14 +234,13 @@ def test_an_interrupted_save_leaves_the_old_file_whole(tmp_path: Path, monkeypat
     first, second = (random_prompt(backbone, "blocks.1", seed=seed) for seed in (0, 1))
     path = files.save(tmp_path / "p.safetensors", first, backbone)
 
-    def half_written(tensors: dict, target: Path, metadata: dict) -> None:
-        Path(target).write_bytes(b"half")
+    def interrupted(descriptor: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "save_file", half_written)
+    monkeypatch.setattr(os, "fsync", interrupted)  # the last step before the file gets its name
     for target in (path, tmp_path / "new.safetensors"):
         with pytest.raises(KeyboardInterrupt):
             files.save(target, second, backbone)
-    assert not (tmp_path / "new.safetensors").exists()
+    assert [file.name for file in tmp_path.iterdir()] == ["p.safetensors"]
     with torch.no_grad():
         assert torch.equal(files.load(path, backbone)(x), PromptedBackbone(backbone, first)(x))

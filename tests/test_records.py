@@ -173,10 +173,17 @@ def test_computing_can_be_made_an_error(tmp_path, monkeypatch):
     kept = fetch(tmp_path)
     monkeypatch.setenv("APTHORY_COMPUTE", "0")
     assert fetch(tmp_path) == kept
-    with pytest.raises(records.MissingRecordError, match=r"no record \w{12} of tests\.double in .* forbids .*\"x\":4"):
+    with pytest.raises(
+        records.MissingRecordError, match=r"record \w{12} of tests\.double is not there in .* forbids .*\"x\":4"
+    ):
         fetch(tmp_path, config={"x": 4})
-    with pytest.raises(records.MissingRecordError):
+    with pytest.raises(records.MissingRecordError, match="is wanted anew"):
         fetch(tmp_path, fresh=True)
+    with pytest.raises(records.MissingRecordError, match="is not computed again"):
+        records.recompute(kept)
+    monkeypatch.setenv("APTHORY_COMPUTE", "no")
+    with pytest.raises(ValueError, match="APTHORY_COMPUTE is 'no'; expected 0, which makes computing an error, or 1"):
+        fetch(tmp_path, config={"x": 4})
     assert len(calls) == 1
     assert [path.stem for path in tmp_path.iterdir()] == [kept.key]
 
@@ -214,7 +221,7 @@ def test_no_record_makes_anything_be_imported_or_called(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("os.system", "harmful.inner.run", "apthory.sweeps.no_such_function"):
         record = planted(tmp_path / "records", name, module="harmful.inner")
-        assert records.superseded(record) == f"no function records as {name!r}"
+        assert records.superseded(record).startswith(f"no function records as {name!r}; remove the record, or load")
         with pytest.raises(ValueError, match="cannot be computed again: no function records as"):
             records.recompute(record)
         assert records.changed_code(record) == ["harmful.inner"]
@@ -255,6 +262,29 @@ def test_failing_function_leaves_nothing(tmp_path):
     with pytest.raises(TypeError):
         fetch(tmp_path, config={"x": None})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"name": ["a"]}, {"code": ["y"]}, {"code": {"a": 1}}, {"version": "1"}, {"config": []}, {"values": None}],
+    ids=str,
+)
+def test_a_sealed_file_with_fields_of_other_kinds_is_no_record(tmp_path, content):
+    """Digests that fit do not make a record: whoever writes a file can write its digests."""
+    kept = json.loads((tmp_path / f"{fetch(tmp_path).key}.json").read_text())
+    kept.pop("sha256")
+    kept |= content
+    kept["key"] = records._digest({name: kept[name] for name in ("name", "version", "config", "data", "weights")})
+    kept["sha256"] = records._digest(kept)
+    path = tmp_path / f"{kept['key']}.json"
+    path.write_text(json.dumps(kept))
+    with pytest.raises(ValueError, match=f"is not a whole record: its field '{next(iter(content))}' is"):
+        records.read(path)
+
+
+def test_a_module_without_a_python_source_is_missing():
+    assert records._source_digest("numpy._core._multiarray_umath") == "missing"
+    assert records._source_digest("numpy") != "missing"
 
 
 @pytest.mark.parametrize(

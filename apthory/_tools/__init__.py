@@ -1,1 +1,1 @@
-"""What the library and the lab both need: progress bars, fixed random streams, whole files, the environment."""
+"""What the library and the lab both stand on: progress bars, random streams, whole files, extras, old names."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import Any
 
 MODULES = {  # old name -> the modules that have its contents now, the first one named in the warning
@@ -42,6 +42,14 @@ MODULES = {  # old name -> the modules that have its contents now, the first one
     "theory.study": ("studies.sample_complexity",),
     "tracing": ("sites.tracing",),
 }
+RENAMED = {  # names that are other ones now: old module and name -> module and name
+    "apthory.sweeps.cells": ("studies.layers", "configurations"),
+    "apthory.sweeps.make": ("studies.record_format", "method_of"),
+    "apthory.sweeps.make_head": ("studies.record_format", "head_of"),
+    "apthory.training.autocast": ("backbones", "autocast"),
+    "apthory.studies.Study": ("studies.catalogue", "Study"),
+    "apthory.studies.known": ("studies.catalogue", "known"),
+}
 _MACHINERY = ("apthory", "importlib", "_frozen_importlib", "beartype", "jaxtyping")
 
 
@@ -52,7 +60,17 @@ class _OldModule(ModuleType):
         self.places = [f"apthory.{place}" for place in MODULES[name.removeprefix("apthory.")]]
         super().__init__(name, f"Moved to {' and '.join(self.places)}.")
 
+    @property
+    def __all__(self) -> list[str]:
+        names = {name for place in self.places for name in vars(import_module(place))}
+        return sorted(name for name in names if not name.startswith("_"))
+
+    def __dir__(self) -> list[str]:
+        return self.__all__
+
     def __getattr__(self, name: str) -> Any:
+        if renamed := RENAMED.get(f"{self.__name__}.{name}"):
+            return getattr(import_module(f"apthory.{renamed[0]}"), renamed[1])
         for place in () if name.startswith("__") else self.places:
             value = getattr(import_module(place), name, self)
             if value is not self:
@@ -70,11 +88,19 @@ class _Finder(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         assert isinstance(module, _OldModule)
-        places = " and ".join(module.places)
-        message = f"{module.__name__} is {places} now; the old name goes with version 0.2"
-        frame = _importer()
-        importer, seen = frame.f_globals.get("__name__", ""), frame.f_globals.setdefault("__warningregistry__", {})
-        warnings.warn_explicit(message, DeprecationWarning, frame.f_code.co_filename, frame.f_lineno, importer, seen)
+        _warn(module.__name__, module.places[0])
+
+
+def renamed(module: str, name: str) -> Any:
+    """The value of an old name of a module that is still there, with a warning: for its ``__getattr__``.
+
+    Raises:
+        AttributeError: If the module never had the name.
+    """
+    if (place := RENAMED.get(f"{module}.{name}")) is None:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    _warn(f"{module}.{name}", f"apthory.{place[0]}.{place[1]}")
+    return getattr(import_module(f"apthory.{place[0]}"), place[1])
 
 
 def install() -> None:
@@ -83,9 +109,11 @@ def install() -> None:
         sys.meta_path.append(_Finder())
 
 
-def _importer() -> FrameType:
-    """Where the import was written: past the frames of the import machinery and of this package."""
+def _warn(old: str, new: str) -> None:
+    """Warn whoever wrote the old name: past the frames of the import machinery and of this package."""
     frame = sys._getframe()
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _MACHINERY:
         frame = frame.f_back
-    return frame
+    message = f"{old} is {new} now; the old name goes with version 0.2"
+    user, seen = frame.f_globals.get("__name__", ""), frame.f_globals.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(message, DeprecationWarning, frame.f_code.co_filename, frame.f_lineno, user, seen)

@@ -1,6 +1,7 @@
 """What prompts on pixels cost: steps beside bare passes; label mappings and CLIP's text features beside a run."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -34,7 +35,7 @@ def race(backbone: Mapping[str, Any], recipe: Mapping[str, Any], num_repeats: in
     Returns:
         Ratios of the steps' medians by method, one a round; seconds by piece of work; the device.
     """
-    model, how = backbones.load(**backbone), training.Recipe(**recipe)
+    model, how = backbones.load(**backbone), record_format.recipe_of(recipe)
     task = tasks.load("textures", backbones.input_size(model))
     over_bare: dict[str, list[float]] = {name: [] for name in METHODS}
     for _ in progress(range(num_repeats), desc=f"steps of {backbone['name']}"):
@@ -63,7 +64,7 @@ def race_words(backbone: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[s
     Returns:
         Seconds by piece of work, of the second time; the device.
     """
-    towers, how = clip.of(backbone), training.Recipe(**recipe)
+    towers, how = clip.of(backbone), record_format.recipe_of(recipe)
     task = tasks.load("textures", backbones.input_size(towers.image))
     one = [training.Configuration(learning_rate=prefix_cache.RATES[0])]
     head = towers.text_head(task.classes)
@@ -95,7 +96,7 @@ def run(suite: str, num_epochs: int = 10, num_repeats: int = 3) -> Iterator[reco
         num_epochs: Of the run that a mapping is held against.
         num_repeats: Timed calls of each piece of work.
     """
-    recipe = record_format.recipe(training.Recipe(num_epochs=num_epochs, num_train=192, num_validation=48, num_test=48))
+    recipe = record_format.recipe(replace(prefix_cache.RECIPE, num_epochs=num_epochs))
     sources, folder = (training, methods, heads, prefix_cache, clip), records.folder(suite)
     for name in backbones.SHIPPED:
         config = {"backbone": {"name": name}, "recipe": recipe, "num_repeats": num_repeats}

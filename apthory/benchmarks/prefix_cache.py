@@ -19,7 +19,7 @@ from apthory import backbones, costs, methods, sites, tasks, training
 from apthory._tools.progress import progress
 from apthory.lab import records
 from apthory.studies import record_format
-from apthory.tasks import Images, Task
+from apthory.tasks import Task
 
 RATES = (4e-3, 1.6e-2, 6.4e-2)
 RECIPE = training.Recipe(num_epochs=10, num_train=192, num_validation=48, num_test=48)
@@ -54,7 +54,7 @@ def race(
     ``schedule_bound`` counts the FLOPs of both loops as they are, with all of that.
     """
     model = backbones.load(**backbone)
-    how = training.Recipe(**recipe)
+    how = record_format.recipe_of(recipe)
     task = tasks.load("textures", backbones.input_size(model))
     bundle = [training.Configuration(learning_rate=rate) for rate in learning_rates]
     customary = _Customary(model, task, how)
@@ -212,8 +212,7 @@ class _Customary:
     def _images(self, part: str, indices: Tensor) -> Tensor:
         arrays = [np.asarray(Image.open(io.BytesIO(self.files[part][index]))) for index in indices.tolist()]
         pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-        labels = torch.zeros(len(pixels), dtype=torch.long)
-        return backbones.normalize(self.model, Images(pixels, labels)[torch.arange(len(pixels))])
+        return backbones.normalize(self.model, pixels)
 
 
 def _encode(pixels: Tensor) -> bytes:

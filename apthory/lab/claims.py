@@ -235,7 +235,7 @@ def ledger(root: Path | None = None) -> pd.DataFrame:
     A verdict on a statistic or threshold that claims.toml does not hold any more is `stale`.
     """
     known = claims()
-    judged = [json.loads(path.read_text("utf-8")) for path in _verdict_files(root or records.root())]
+    judged = [json.loads(path.read_text("utf-8")) for path in verdict_files(root or records.root())]
     for row in judged:
         fixed = known.get(row["id"])
         if fixed is None or (row["statistic"], row["threshold"]) != (fixed.statistic, fixed.threshold):
@@ -269,5 +269,6 @@ def _read_claims(path: Path) -> Iterator[Claim]:
             )
 
 
-def _verdict_files(root: Path) -> list[Path]:
+def verdict_files(root: Path) -> list[Path]:
+    """The files of all verdicts of a project."""
     return sorted((root / "figures").glob("*/ledger/*.json"))

@@ -18,8 +18,7 @@ from typing import Any
 from apthory._tools.extras import from_extra
 from apthory._tools.files import write_atomically
 from apthory._tools.progress import progress
-from apthory.lab import figures, records
-from apthory.lab.claims import _verdict_files, ledger
+from apthory.lab import records
 
 
 class NotebookError(RuntimeError):
@@ -139,43 +138,6 @@ def stale(source: Path, twin: Path, suite: str = "embedded") -> str:
     if stamp.get("parameters") != expected:
         return f"{twin} was run with the parameters {stamp.get('parameters')}, not with {expected}"
     return ""
-
-
-def problems() -> list[str]:
-    """All that is stale in the project: notebooks, figures and verdicts; one sentence each.
-
-    For suites other than the embedded one, only what was run is looked at.
-    """
-    root = records.root()
-    found: list[str] = []
-    for suite in records.SUITES:
-        for source in sources():
-            twin = twin_path(source, suite)
-            if suite == "embedded" or twin.exists():
-                found += filter(None, [stale(source, twin, suite)])
-        for path in sorted(records.suite_folder(suite).glob("*.p[nd][gf]")):
-            found += figures.problems(path)
-        for record in records.load_all(records.folder(suite)):
-            if reason := records.superseded(record):
-                found.append(f"record {record.key[:12]}: {reason}")
-    for path in _verdict_files(root):
-        judged = json.loads(path.read_text("utf-8"))
-        cited = figures.record_problems(judged["records"], judged["suite"])
-        found += [f"{path}: {problem}" for problem in cited]
-    table = ledger(root)
-    for row in table[table.verdict == "stale"].itertuples():
-        found.append(f"the verdict on {row.id} in {row.suite} was judged by another rule than claims.toml's")
-    return found
-
-
-def older_records() -> list[str]:
-    """Records made by code that has changed since, one sentence each; their version says they still hold."""
-    found = []
-    for suite in records.SUITES:
-        for record in records.load_all(records.folder(suite)):
-            if modules := records.changed_code(record):
-                found.append(f"record {record.key[:12]} ({record.name}): {', '.join(modules)} changed since")
-    return found
 
 
 def _read_source(source: Path) -> Any:

@@ -117,9 +117,10 @@ def fetch(
     note(path.stem)
     if not fresh and (record := _usable(path)):
         return record
-    if os.environ.get("APTHORY_COMPUTE") == "0":
+    if not _may_compute():
+        what = "is wanted anew" if path.exists() else "is not there"
         raise MissingRecordError(
-            f"there is no record {path.stem[:12]} of {identity['name']} in {folder}, and APTHORY_COMPUTE=0 forbids "
+            f"the record {path.stem[:12]} of {identity['name']} {what} in {folder}, and APTHORY_COMPUTE=0 forbids "
             f"computing it: {_shortened(_json(identity))}"
         )
     start = time.perf_counter()
@@ -166,6 +167,8 @@ def read(path: Path) -> Record:
     try:
         content = json.loads(path.read_bytes())
         seal = content.pop("sha256")
+        for field in fields(Record):
+            _check_kind(field.name, content[field.name])
         record = Record(**content)
         key = _digest({name: content[name] for name in ("name", "version", "config", "data", "weights")})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -218,8 +221,16 @@ def superseded(record: Record) -> str:
 
 
 def changed_code(record: Record) -> list[str]:
-    """Modules whose source is not the one that made the record. That alone does not invalidate it."""
-    return [name for name, digest in record.code.items() if _source_digest(name) != digest]
+    """Modules whose source is not the one that made the record. That alone does not invalidate it.
+
+    A module that is not there under its old name any more is left out: see `gone_code`.
+    """
+    return [name for name, digest in record.code.items() if _source_digest(name) not in (digest, "missing")]
+
+
+def gone_code(record: Record) -> list[str]:
+    """Modules that made the record and are not found under these names any more: moved or deleted."""
+    return [name for name in record.code if _source_digest(name) == "missing"]
 
 
 def recompute(record: Record, *, rtol: float = 0.01, atol: float = 1e-6) -> list[str]:
@@ -229,6 +240,8 @@ def recompute(record: Record, *, rtol: float = 0.01, atol: float = 1e-6) -> list
     """
     if reason := superseded(record):
         raise ValueError(f"record {record.key[:12]} cannot be computed again: {reason}")
+    if not _may_compute():
+        raise MissingRecordError(f"record {record.key[:12]} is not computed again: APTHORY_COMPUTE=0 forbids it")
     function = registry.resolve(record.name)
     values = _plain_mapping(function(**copy.deepcopy(record.config)), "values")
     return list(_differences(record.values, values, "values", rtol, atol))
@@ -362,8 +375,34 @@ def _differences(old: Any, new: Any, path: str, rtol: float, atol: float) -> Ite
         yield f"{path} was {old!r}, is {new!r}"
 
 
+_KINDS = {
+    "version": int,
+    "config": dict,
+    "values": dict,
+    "code": dict,
+    "environment": dict,
+    "wall_seconds": int | float,
+}
+
+
+def _check_kind(name: str, value: Any) -> None:
+    """Raise TypeError unless a field of a record is of its kind; what is not listed is text."""
+    kind = _KINDS.get(name, str)
+    if not isinstance(value, kind) or (name == "code" and not all(isinstance(one, str) for one in value.values())):
+        raise TypeError(f"its field {name!r} is {type(value).__name__}, {str(value)[:40]!r}")
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _may_compute() -> bool:
+    switch = os.environ.get("APTHORY_COMPUTE", "1")
+    if switch not in ("0", "1"):
+        raise ValueError(
+            f"APTHORY_COMPUTE is {switch!r}; expected 0, which makes computing an error, or 1 (the default)"
+        )
+    return switch == "1"
 
 
 def _shortened(text: str, length: int = 1000) -> str:
@@ -384,6 +423,6 @@ def _source_digest(name: str) -> str:
         if spec is None:
             return "missing"
         places, origin = list(spec.submodule_search_locations or ()), spec.origin
-    if origin is None or not Path(origin).is_file():
+    if origin is None or not origin.endswith(".py") or not Path(origin).is_file():
         return "missing"
     return hashlib.sha256(Path(origin).read_text("utf-8").encode()).hexdigest()

@@ -66,7 +66,9 @@ def resolve(name: str) -> Callable:
     if name not in _loaded and name in PLACES:
         import_module(PLACES[name].partition(":")[0])  # its decorator registers it
     if name not in _loaded:
-        raise LookupError(f"no function records as {name!r}")
+        raise LookupError(
+            f"no function records as {name!r}; remove the record, or load the module that has it under this name"
+        )
     return _loaded[name]
 
 

@@ -1,16 +1,16 @@
 """Prompts with their heads in one file, without the backbone."""
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from apthory import backbones, sites
+from apthory._tools.files import write_atomically
 from apthory.heads import CosineHead
 from apthory.methods.activation import ActivationPrompt, prompt_shape
 from apthory.methods.pixels.overlay import PixelPrompt
@@ -58,13 +58,8 @@ def save(
     if head is not None:
         tensors |= {f"head.{name}": value.detach() for name, value in head.named_parameters()}
     config |= {"backbone": backbones.architecture(backbone), "digest": backbones.digest(backbone)}
-    partial = path.with_name(path.name + ".partial")
-    metadata = {"apthory": json.dumps(config)}
-    save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial, metadata)
-    umask = os.umask(0)  # safetensors makes files that only their owner can read
-    os.umask(umask)
-    partial.chmod(0o666 & ~umask)
-    os.replace(partial, path)
+    tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
+    write_atomically(path, serialize(tensors, {"apthory": json.dumps(config)}))
     return path
 
 

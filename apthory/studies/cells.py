@@ -162,11 +162,11 @@ def run_cell(
         recipe: Fields of `training.Recipe`.
         learning_rates: Grid for the first seed.
         seeds: All seeds.
-        head: Of `make_head`; a trained one if left out.
+        head: Of `record_format.head_of`; a trained one if left out.
     """
     started = time.perf_counter()
     model, data = load(backbone, task, size)
-    how = training.Recipe(**recipe)
+    how = record_format.recipe_of(recipe)
     if method["name"] == "random_prompt":
         fits = _fit_random(model, data, method, how, learning_rates, seeds)
         evaluations = [training.evaluate(data, [one])[0] for one in fits]
@@ -176,7 +176,7 @@ def run_cell(
             probe = training.tune(
                 model, data, methods.LinearProbe(), recipe=how, learning_rates=learning_rates, seeds=seeds
             )
-        spec = make_head(head, backbone, data.classes)
+        spec = record_format.head_of(head, backbone, data.classes)
         fits = training.tune(
             model,
             data,
@@ -210,17 +210,6 @@ def describe(
         "transform": data.transform,
         "cache_bytes": fits[0].cache_bytes,
     }
-
-
-def make_head(
-    head: Mapping[str, Any] | None, backbone: Mapping[str, Any], classes: Sequence[str]
-) -> heads.HeadSpec | None:
-    """None for a trained head; with a ``template``, CLIP's text head; else fields of a `heads.LabelMapping`."""
-    if head is None:
-        return None
-    if "template" in head:
-        return clip.text_head_of(backbone, classes, **head)
-    return heads.LabelMapping(backbones.classifier(**backbone), **head)
 
 
 def table(cells: Iterable[records.Record]) -> pd.DataFrame:
@@ -289,10 +278,7 @@ def _fit_random(
     seeds: Sequence[int],
 ) -> list[training.Fit]:
     """A frozen random prompt of the trained prompt's norm for each seed; the first seed chooses the learning rate."""
-    fixed = [
-        methods.FixedPrompt(site=method["site"], norm=norm, seed=seed)
-        for norm, seed in zip(method["norms"], seeds, strict=True)
-    ]
+    fixed = record_format.random_prompts_of(method, seeds)
     fits = training.tune(model, data, fixed[0], recipe=recipe, learning_rates=learning_rates, seeds=seeds[:1])
     for prompt, seed in zip(fixed[1:], seeds[1:], strict=True):
         configuration = training.Configuration(learning_rate=fits[0].configuration.learning_rate, seed=seed)

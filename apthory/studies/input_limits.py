@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from apthory import backbones, equivalence, methods, metrics, sites, tasks, training
 from apthory.lab import records
+from apthory.studies import record_format
 
 
 @records.versioned(1, name="apthory.input_study.measure_rank")
@@ -157,4 +158,4 @@ def _trained_prompt(
 ) -> training.Fit:
     method = methods.ActivationPrompting(site=site, shape=shape)
     configuration = training.Configuration(learning_rate=learning_rate, seed=seed)
-    return training.fit(model, data, method, [configuration], recipe=training.Recipe(**recipe))[0]
+    return training.fit(model, data, method, [configuration], recipe=record_format.recipe_of(recipe))[0]

@@ -144,4 +144,4 @@ def _fit(
     seeds: Sequence[int],
 ) -> list[training.Fit]:
     bundle = [training.Configuration(learning_rate=learning_rate, seed=seed) for seed in seeds]
-    return training.fit(model, data, record_format.method_of(method), bundle, recipe=training.Recipe(**recipe))
+    return training.fit(model, data, record_format.method_of(method), bundle, recipe=record_format.recipe_of(recipe))

@@ -184,7 +184,7 @@ def run_shifted(
     started = time.perf_counter()
     model, whole = cells.load(backbone, task, size)
     data = _domain(task, size, domain) if domain else whole
-    how, spec = training.Recipe(**recipe), cells.make_head(head, backbone, data.classes)
+    how, spec = record_format.recipe_of(recipe), record_format.head_of(head, backbone, data.classes)
     fits = training.tune(
         model, data, record_format.method_of(method), recipe=how, learning_rates=learning_rates, seeds=seeds, head=spec
     )

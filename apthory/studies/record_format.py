@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from apthory import methods, training
+from apthory import backbones, clip, heads, methods, training
 
 _RECIPE = (  # the fields of a recipe that every record has
     "num_epochs",
@@ -51,7 +51,7 @@ def cell(
         recipe_of_all: Of every configuration.
         learning_rates: Grid for the first seed.
         seeds: All of them.
-        head: Of `make_head`; None for a trained one.
+        head: As `head_of` reads it; None for a trained one.
     """
     config = {
         "backbone": dict(backbone),
@@ -73,6 +73,12 @@ def random_prompt(site: str, norms: Sequence[float]) -> dict[str, Any]:
     return {"name": "random_prompt", "site": site, "norms": [float(f"{norm:.3g}") for norm in norms]}
 
 
+def random_prompts_of(spelled: Mapping[str, Any], seeds: Sequence[int]) -> list[methods.FixedPrompt]:
+    """The frozen random prompts behind `random_prompt`, one for each seed."""
+    pairs = zip(spelled["norms"], seeds, strict=True)
+    return [methods.FixedPrompt(site=spelled["site"], norm=norm, seed=seed) for norm, seed in pairs]
+
+
 def recipe(recipe: training.Recipe) -> dict[str, Any]:
     """A recipe: `_RECIPE`, then later fields where they are not at their default."""
     spelled = {name: getattr(recipe, name) for name in _RECIPE}
@@ -81,6 +87,11 @@ def recipe(recipe: training.Recipe) -> dict[str, Any]:
         if field.name not in spelled and value != field.default:
             spelled[field.name] = value
     return spelled
+
+
+def recipe_of(spelled: Mapping[str, Any]) -> training.Recipe:
+    """The recipe behind a recorded one."""
+    return training.Recipe(**spelled)
 
 
 def weights(digest: str) -> str:
@@ -112,3 +123,14 @@ def method_of(spelled: Mapping[str, Any]) -> methods.Method:
             return methods.AdaViPro(**options)
     known = "vp, ap, frozen_head, norm, linear_probe, site_probe, full, evp or adavipro"
     raise ValueError(f"no method {name!r}; expected {known}")
+
+
+def head_of(
+    spelled: Mapping[str, Any] | None, backbone: Mapping[str, Any], classes: Sequence[str]
+) -> heads.HeadSpec | None:
+    """None for a trained head; with a ``template``, CLIP's text head; else fields of a `heads.LabelMapping`."""
+    if spelled is None:
+        return None
+    if "template" in spelled:
+        return clip.text_head_of(backbone, classes, **spelled)
+    return heads.LabelMapping(backbones.classifier(**backbone), **spelled)

@@ -8,7 +8,7 @@ import pandas as pd
 
 from apthory import selection, training
 from apthory.lab import figures, records
-from apthory.studies import cells
+from apthory.studies import cells, record_format
 from apthory.theory import tangent
 
 SOURCES = (selection, tangent)  # whose code decides the records, besides a cell's
@@ -65,7 +65,7 @@ def search(
     found = selection.find_site(
         model,
         data,
-        recipe=training.Recipe(**recipe),
+        recipe=record_format.recipe_of(recipe),
         budget=budget,
         learning_rates=learning_rates,
         places=places,

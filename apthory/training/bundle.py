@@ -32,7 +32,7 @@ class Bundle:
         configurations: Sequence[Configuration],
         recipe: Recipe,
         heads: Sequence[Fit] | None = None,
-        cache: "PrefixCache | None" = None,
+        cache: PrefixCache | None = None,
         *,
         head: HeadSpec | None = None,
     ) -> None:
@@ -107,7 +107,7 @@ class Bundle:
                 state[f"edits.weights.0.{name.removeprefix(f'weights.{k}.')}"] = value.clone()
         return {name: value.cpu() for name, value in state.items()}
 
-    def _make_source(self, cache: "PrefixCache | None") -> tuple[_Source, int]:
+    def _make_source(self, cache: PrefixCache | None) -> tuple[_Source, int]:
         arguments = (self.backbone, self.body.prefix, self.task.train)
         wanted = torch.cat([torch.cat([split.train, split.validation]) for split in self.splits])
         if not self.recipe.cache:
