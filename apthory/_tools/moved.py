@@ -25,7 +25,7 @@ MODULES = {  # old name -> the modules that have its contents now, the first one
     "limits": ("equivalence.tokens", "metrics.universality", "costs"),
     "mask_study": ("studies.masks",),
     "metric_bench": ("benchmarks.metrics",),
-    "notebooks": ("lab.notebooks", "lab.claims"),
+    "notebooks": ("lab.notebooks", "lab.claims", "lab.check"),
     "pixel_bench": ("benchmarks.pixels",),
     "pixel_study": ("studies.pixels",),
     "pixel_suites": ("studies.pixel_grids",),
