@@ -27,6 +27,7 @@ _OTHERS = {"_pytest", "hypothesis", "weakref", "re", "open_clip"}
 
 _TRACED = "_tensor_constant"  # torch.fx leaves these on a network that it traces, once
 _BACKBONE = "tiny.backbone"
+_GONE = object()
 _EMPTY = (dict, OrderedDict, set)  # of hooks, for instance
 _STORES = {"_TRACES", "MADE", "IN_USE"}  # they grow as tests run; what matters in them is looked at by itself
 
@@ -136,6 +137,13 @@ class Guard:
 
     def __init__(self) -> None:
         self.known: dict[tuple[str, int], tuple[Any, dict[str, Any]]] = {}
+        self.module: types.ModuleType | None = None
+
+    def meet(self, module: types.ModuleType) -> None:
+        """Note the names of a module of tests before its first one runs."""
+        if module is not self.module:
+            self.module = module
+            self.changes(module)
 
     def note(self, name: str, value: Any) -> None:
         """From now on a change of this value is seen; the rest is noted when `changes` first meets it."""
@@ -151,20 +159,25 @@ class Guard:
             new = fingerprint(value)
             old = self.known[key][1] if key in self.known else new
             if old != new:
-                found += [f"{name}{path}" for path in _differing(old, new, is_module)[:3]]
+                found += [
+                    f"{name}{path}" for path in _differing(old, new, is_module and name.startswith("apthory"))[:3]
+                ]
             kept[key] = value, new
         self.known = kept
         return found
 
 
-def _differing(old: dict[str, Any], new: dict[str, Any], is_module: bool) -> list[str]:
-    """Paths, with the plain parts by name; a module may have gained some."""
+def _differing(old: dict[str, Any], new: dict[str, Any], may_grow: bool) -> list[str]:
+    """Paths; dictionaries that may grow do so when a module is imported that enters itself in a registry."""
     found = []
-    for path in sorted(old if is_module else old | new):
+    for path in sorted(old if may_grow else old | new):
         one, other = old.get(path), new.get(path)
-        if one != other and is_module and not path:
-            found += sorted(name for name, value in one[1].items() if value != other[1].get(name))
-        elif one != other:
+        if one == other:
+            continue
+        if isinstance(one, tuple) and one[0] is dict and isinstance(other, tuple) and other[0] is dict:
+            names = one[1] if may_grow else one[1] | other[1]
+            found += sorted(f"{path}{name}" for name in names if one[1].get(name, _GONE) != other[1].get(name, _GONE))
+        else:
             found.append(path)
     return found
 
