@@ -117,6 +117,7 @@ def pytest_fixture_post_finalizer(fixturedef: pytest.FixtureDef) -> None:
 @pytest.fixture(autouse=True)
 def _shared_unchanged(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that changes what other tests see too, by name; they get a new network in the changed one's place."""
+    guard.GUARD.meet(request.node.module)
     yield
     if changed := guard.GUARD.changes(request.node.module):
         if "tiny" in sys.modules:

@@ -9,6 +9,7 @@ import gc
 import sys
 import types
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ _OTHERS = {"_pytest", "hypothesis", "weakref", "re", "open_clip"}
 
 _TRACED = "_tensor_constant"  # torch.fx leaves these on a network that it traces, once
 _BACKBONE = "tiny.backbone"
+_GONE = object()
+_EMPTY = (dict, OrderedDict, set)  # of hooks, for instance
 _STORES = {"_TRACES", "MADE", "IN_USE"}  # they grow as tests run; what matters in them is looked at by itself
 
 FIXTURES: dict[Any, Any] = {}  # by their definitions: the values of fixtures wider than one test
@@ -73,9 +76,14 @@ def fingerprint(value: Any) -> dict[str, Any]:
 
     def inside(path: str, kind: Any, parts: dict[str, Any]) -> None:
         """All plain parts are one entry, and empty ones none: networks have many modules of many such attributes."""
-        found[path] = (kind, {name: item for name, item in parts.items() if type(item) in _ATOMS})
+        plain: dict[str, Any] = {}
+        found[path] = kind, plain
         for name, item in parts.items():
-            if type(item) not in _ATOMS and not (isinstance(item, dict | set) and not item):
+            if type(item) in _ATOMS:
+                plain[name] = item
+            elif type(item) in _OPAQUE:
+                plain[name] = id(item)
+            elif type(item) not in _EMPTY or item:
                 visit(path + name, item)
 
     visit("", value)
@@ -98,11 +106,11 @@ def _checksum(tensor: Tensor) -> int:
 def shared(module: types.ModuleType | None) -> Iterator[tuple[str, Any]]:
     """Every value that outlives a test of this module, with a name; of tiny backbones, those in use."""
     for name, home in list(sys.modules.items()):
-        if name.split(".")[0] == "apthory" or name in ("tiny", "reference") or home is module:
+        if name.startswith("apthory") or name in ("tiny", "reference") or home is module:
             values = {key: item for key, item in vars(home).items() if not key.startswith(("__", "@"))}
             values = {key: item for key, item in values.items() if key not in _STORES}
             for function in values.values():
-                if isinstance(function, _CACHED) and function.__module__ == name:
+                if type(function) is _CACHED and function.__module__ == name:
                     where = f"{name}.{function.__qualname__}"
                     yield from ((where, item) for item in _handed_out(function))
             yield name, values
@@ -129,6 +137,13 @@ class Guard:
 
     def __init__(self) -> None:
         self.known: dict[tuple[str, int], tuple[Any, dict[str, Any]]] = {}
+        self.module: types.ModuleType | None = None
+
+    def meet(self, module: types.ModuleType) -> None:
+        """Note the names of a module of tests before its first one runs."""
+        if module is not self.module:
+            self.module = module
+            self.changes(module)
 
     def note(self, name: str, value: Any) -> None:
         """From now on a change of this value is seen; the rest is noted when `changes` first meets it."""
@@ -143,12 +158,28 @@ class Guard:
             key = name, 0 if is_module else id(value)
             new = fingerprint(value)
             old = self.known[key][1] if key in self.known else new
-            paths = old if is_module else old | new
-            differ = [path for path in paths if old.get(path) != new.get(path) and (path or not is_module)]
-            found += [f"{name}{path}" for path in sorted(differ)[:3]]
+            if old != new:
+                found += [
+                    f"{name}{path}" for path in _differing(old, new, is_module and name.startswith("apthory"))[:3]
+                ]
             kept[key] = value, new
         self.known = kept
         return found
+
+
+def _differing(old: dict[str, Any], new: dict[str, Any], may_grow: bool) -> list[str]:
+    """Paths; dictionaries that may grow do so when a module is imported that enters itself in a registry."""
+    found = []
+    for path in sorted(old if may_grow else old | new):
+        one, other = old.get(path), new.get(path)
+        if one == other:
+            continue
+        if isinstance(one, tuple) and one[0] is dict and isinstance(other, tuple) and other[0] is dict:
+            names = one[1] if may_grow else one[1] | other[1]
+            found += sorted(f"{path}{name}" for name in names if one[1].get(name, _GONE) != other[1].get(name, _GONE))
+        else:
+            found.append(path)
+    return found
 
 
 GUARD = Guard()

@@ -12,6 +12,8 @@ import tiny
 import torch
 from torch import nn
 
+import apthory
+
 CHANGES: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
     "a weight": ("conv1", lambda model: model.layer1[0].conv1.weight.data[:1].neg_()),
     "a running mean": ("running_mean", lambda model: model.bn1.running_mean.add_(1e-6)),
@@ -96,3 +98,19 @@ def test_a_guilty_test_fails_and_the_next_has_a_new_network(pytester: pytest.Pyt
     result = pytester.runpytest_subprocess("-q", "-p", "no:cacheprovider")
     result.assert_outcomes(passed=2, errors=1)
     result.stdout.fnmatch_lines(["*the test changed what it shares*tiny.backbone('resnet'*running_mean*"])
+
+
+@pytest.mark.parametrize("may_grow", [False, True])
+def test_a_registry_of_ours_may_grow_and_no_other_value(may_grow: bool, monkeypatch: pytest.MonkeyPatch):
+    home = apthory if may_grow else tiny
+    monkeypatch.setattr(home, "table", {"a": 1, "b": [1], "c": {}}, raising=False)
+    own, name = guard.Guard(), home.__name__
+    own.changes(None)
+    home.table["d"] = print
+    assert own.changes(None) == ([] if may_grow else ["tiny['table']['d']"])
+    home.table["a"] = 2
+    assert own.changes(None) == [f"{name}['table']['a']"]
+    home.table["b"].append(2)
+    assert own.changes(None) == [f"{name}['table']['b']"]
+    del home.table["a"]
+    assert own.changes(None) == [f"{name}['table']['a']"]
