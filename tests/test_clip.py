@@ -18,7 +18,7 @@ from apthory import __main__ as command
 from apthory import backbones, clip, methods, sites, tasks
 from apthory.benchmarks import pixels as pixel_benchmark
 from apthory.lab import records
-from apthory.studies import cells, pixel_grids
+from apthory.studies import cells, pixel_grids, record_format
 from apthory.studies import pixels as pixel_study
 
 open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed; the extra open-clip brings it")

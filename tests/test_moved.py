@@ -62,6 +62,7 @@ def test_no_old_name_is_a_module_again():
     assert not {name for name in moved.MODULES if name in MODULES or f"{name}.__init__" in MODULES}
 
 
+@pytest.mark.slow
 def test_nothing_of_ours_uses_an_old_name():
     code = f"""
 import importlib, sys

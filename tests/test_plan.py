@@ -52,6 +52,7 @@ def test_nothing_left_is_no_failure(run):
     assert (names, code) == ([], 0)
 
 
+@pytest.mark.slow
 def test_parts_make_up_the_whole_and_do_not_overlap(run):
     parts = [set(run("--rotate", f"{part}/3")[0]) for part in range(3)]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 14
@@ -62,6 +63,7 @@ def test_a_part_that_there_is_not_is_an_error(run):
     assert run("--rotate", "3")[2] == pytest.ExitCode.USAGE_ERROR
 
 
+@pytest.mark.slow
 def test_a_seed_decides_the_order_of_modules_and_of_tests(run):
     plain = run()[0]
     orders = [run("--shuffle", str(seed))[0] for seed in (1, 1, 2, 3)]
