@@ -6,9 +6,9 @@ __version__ = "0.1.0"
 __all__ = [
     "load_backbone", "load_classifier", "load_clip", "load_task",
     "list_sites", "resolve", "capture", "edited", "split", "normalize",
-    "ActivationPrompt", "PromptedBackbone", "save_prompt", "load_prompt",
-    "ActivationPrompting", "NormTuning", "LinearProbe", "FullFineTuning", "FixedPrompt", "VP", "EVP", "AdaViPro",
-    "LinearHead", "LabelMapping", "TextHead",
+    "ActivationPrompt", "AdaptedBackbone", "save_prompt", "load_prompt",
+    "ActivationPrompting", "NormTuning", "LinearProbe", "FineTuning", "FixedPrompt", "VP", "EVP", "AdaViPro",
+    "Method", "Edit", "LinearHead", "LabelMapping", "TextHead", "FrozenHead",
     "Recipe", "Configuration", "fit", "tune", "evaluate",
     "diagnose", "fold", "layer_profile", "rank_sites", "find_site",
 ]  # fmt: skip
@@ -25,12 +25,14 @@ if TYPE_CHECKING:
         VP,
         ActivationPrompt,
         ActivationPrompting,
+        AdaptedBackbone,
         AdaViPro,
+        Edit,
+        FineTuning,
         FixedPrompt,
-        FullFineTuning,
         LinearProbe,
+        Method,
         NormTuning,
-        PromptedBackbone,
     )
     from apthory.methods.files import load as load_prompt
     from apthory.methods.files import save as save_prompt
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from apthory.selection import find_site, rank_sites
     from apthory.sites import capture, edited, list_sites, resolve, split
     from apthory.tasks import load as load_task
-    from apthory.training import Configuration, Recipe, evaluate, fit, tune
+    from apthory.training import Configuration, FrozenHead, Recipe, evaluate, fit, tune
 else:  # the same names, each from its module when it is first used: torch and timm take seconds to import
     from importlib import import_module
 
@@ -53,12 +55,14 @@ else:  # the same names, each from its module when it is first used: torch and t
             "ActivationPrompt",
             "ActivationPrompting",
             "AdaViPro",
+            "AdaptedBackbone",
             "EVP",
+            "Edit",
+            "FineTuning",
             "FixedPrompt",
-            "FullFineTuning",
             "LinearProbe",
+            "Method",
             "NormTuning",
-            "PromptedBackbone",
             "VP",
         ),
         "methods.files": ("load_prompt", "save_prompt"),
@@ -66,7 +70,7 @@ else:  # the same names, each from its module when it is first used: torch and t
         "selection": ("find_site", "rank_sites"),
         "sites": ("capture", "edited", "list_sites", "resolve", "split"),
         "tasks": ("load_task",),
-        "training": ("Configuration", "Recipe", "evaluate", "fit", "tune"),
+        "training": ("Configuration", "FrozenHead", "Recipe", "evaluate", "fit", "tune"),
     }
     _DEFINED_AS = {
         "load_backbone": "load",
@@ -86,7 +90,7 @@ else:  # the same names, each from its module when it is first used: torch and t
             if name in names:
                 value = getattr(import_module(f"{__name__}.{module}"), _DEFINED_AS.get(name, name))
                 return globals().setdefault(name, value)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return moved.renamed(__name__, name)
 
     def __dir__():
         return sorted({*globals(), *__all__, *(name for name in (*_DEFINED_IN, *_OTHERS) if "." not in name)})

@@ -111,7 +111,7 @@ class CLIP:
                 features = self.image(backbones.normalize(self.image, task.test[chunk]))
             correct.append(cosines(features).argmax(1).cpu() == task.test.labels[chunk])
         table = torch.cat(correct)
-        return training.Evaluation(accuracy=100 * int(table.sum()) / len(table), correct=table)
+        return training.Evaluation.of(table, task.test.labels[test], len(task.classes))
 
 
 def load(

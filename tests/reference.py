@@ -149,10 +149,10 @@ def _method(
         case methods.ActivationPrompting(site=site):
             z = see(backbone, some, site)
             shape = z.shape[1:] if method.shape == "full" else _channel_shape(z, method.site)
-            unit = z.square().mean().sqrt() if method.relative else torch.tensor(1.0)
+            unit = z.square().mean().sqrt() if method.in_rms_units else torch.tensor(1.0)
             values = nn.Parameter(torch.zeros(shape))
             parameters = {"prompt": values}
-            groups = lambda rate: [{"params": [values], "lr": rate * method.rate}]  # noqa: E731
+            groups = lambda rate: [{"params": [values], "lr": rate * method.lr_scale}]  # noqa: E731
             return lambda x: forward(backbone, x, {site: lambda z: z + unit * values}), parameters, groups
         case methods.NormTuning():
             return _norm_tuning(backbone, method)
@@ -161,9 +161,9 @@ def _method(
         case methods.LinearProbe(site=site):
             # The layers tested here end in channels-first maps or in tokens.
             return lambda x: _mean_over_positions(see(backbone, x, site)), {}, lambda rate: []
-        case methods.FullFineTuning():
+        case methods.FineTuning():
             tuned = copy.deepcopy(backbone).requires_grad_(True)
-            groups = lambda rate: [{"params": list(tuned.parameters()), "lr": rate * method.rate}]  # noqa: E731
+            groups = lambda rate: [{"params": list(tuned.parameters()), "lr": rate * method.lr_scale}]  # noqa: E731
             return tuned, {}, groups
     raise ValueError(f"no reference for {method}")
 
@@ -198,7 +198,7 @@ def _norm_tuning(backbone: nn.Module, method: methods.NormTuning) -> tuple[Calla
             weights[f"{layer}.bias"] = beta if method.parameters == "gamma" else beta * (1 + scale) + unit * shift
         return functional_call(backbone, weights, (x,))
 
-    return features_of, trained, lambda rate: [{"params": list(trained.values()), "lr": rate * method.rate}]
+    return features_of, trained, lambda rate: [{"params": list(trained.values()), "lr": rate * method.lr_scale}]
 
 
 def paired_difference(first: Any, second: Any) -> float:

@@ -362,7 +362,7 @@ def test_a_linear_probe_is_neither_hopeless_nor_perfect_on_embedded_tasks(task: 
     recipe = apthory.Recipe(num_train=400, num_validation=100, num_test=500)
     configurations = [apthory.Configuration(learning_rate=rate) for rate in (4e-3, 1.6e-2, 6.4e-2)]
     fits = apthory.fit(backbone, data, apthory.LinearProbe(), configurations, recipe=recipe)
-    accuracy = max(evaluation.accuracy for evaluation in apthory.evaluate(data, fits))
+    accuracy = max(evaluation.accuracy for evaluation in apthory.evaluate(fits, data))
     assert 40 <= accuracy <= 90
 
 

@@ -152,7 +152,7 @@ def test_zero_shot_accuracy_is_that_of_clips_own_logits_on_the_test_part():
     (fit,) = apthory.fit(
         model.image, task, apthory.LinearProbe(), [apthory.Configuration(seed=3)], recipe=recipe, head=head
     )  # a loop that has nothing to train
-    assert torch.equal(apthory.evaluate(task, [fit])[0].correct, evaluation.correct)
+    assert torch.equal(apthory.evaluate(fit, task).correct, evaluation.correct)
     with pytest.raises(ValueError, match=r"the head has 2 classes, the task 'tiny' 3"):
         model.zero_shot(task, model.text_head(["a", "b"]))
 
@@ -167,7 +167,7 @@ def test_a_prompt_inside_the_image_tower_learns_and_the_tower_does_not(
     monkeypatch.setattr(model.model, "encode_text", lambda tokens: calls.append(len(tokens)) or encode(tokens))
     head = model.text_head(task.classes)
     before = backbones.digest(model.model)
-    method = apthory.ActivationPrompting(site=site, rate=3.0)
+    method = apthory.ActivationPrompting(site=site, lr_scale=3.0)
     rates = [apthory.Configuration(learning_rate=rate) for rate in (1e-3, 3e-2)]
     fits = apthory.fit(model.image, task, method, rates, recipe=RECIPE, head=head)
     assert backbones.digest(model.model) == before
@@ -206,13 +206,13 @@ def test_a_zero_prompt_at_any_block_leaves_zero_shot_as_it_is():
     model, x = small(), images(tiny.task())
     with torch.no_grad():
         for site in sites.list_sites(model.image):
-            prompted = methods.PromptedBackbone(model.image, apthory.ActivationPrompt.zeros(model.image, site))
+            prompted = methods.AdaptedBackbone(model.image, apthory.ActivationPrompt.zeros(model.image, site))
             assert torch.equal(prompted(x), model.image(x))
 
 
 @pytest.mark.parametrize(
     "method",
-    [apthory.LinearProbe(), apthory.FullFineTuning(), apthory.NormTuning(site="transformer.resblocks.1:input")],
+    [apthory.LinearProbe(), apthory.FineTuning(), apthory.NormTuning(site="transformer.resblocks.1:input")],
 )
 def test_the_baselines_run_on_the_image_tower(method: object):
     model, task = small(), tiny.task(96)
@@ -356,7 +356,7 @@ def test_the_study_runs_end_to_end(spec: dict, tmp_path: Path, monkeypatch: pyte
     method = apthory.ActivationPrompting(site="transformer.resblocks.1:input")
     one = [apthory.Configuration(learning_rate=2e-2, seed=0)]
     fits = apthory.fit(small().image, task, method, one, recipe=STUDY_RECIPE, head=head)
-    (own,) = apthory.evaluate(task, fits)
+    (own,) = apthory.evaluate(fits, task)
     first = table[(table["arm"] == "ap") & (table["seed"] == 0)]["correct"].iloc[0]
     assert (first == own.correct.numpy()).all()
     kept = records.load_all(folder)

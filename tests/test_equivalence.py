@@ -413,7 +413,7 @@ def test_a_prompt_folds_into_a_backbone_and_its_diagnosis_says_where(family, sit
     assert backbones.digest(model) == before
     changed = [n for n, p in folded.named_parameters() if not torch.equal(p, model.get_parameter(n))]
     assert changed == [target]
-    assert difference(folded(x), methods.PromptedBackbone(model, prompt)(x)) <= EXACT
+    assert difference(folded(x), methods.AdaptedBackbone(model, prompt)(x)) <= EXACT
     found = diagnose(model, site)
     assert (found.statement, found.kind, found.target) == (statement, "exact", target)
     assert found.relative_difference <= EXACT
@@ -427,7 +427,7 @@ def test_folding_in_single_precision_keeps_the_logits(name: str):
     prompt.delta.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
     x = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        assert difference(fold(model, prompt)(x), methods.PromptedBackbone(model, prompt)(x)) < 1e-5
+        assert difference(fold(model, prompt)(x), methods.AdaptedBackbone(model, prompt)(x)) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -557,7 +557,7 @@ def test_a_backbone_with_rms_norms_is_diagnosed_and_folded(norm: type[nn.Module]
     prompt = methods.ActivationPrompt.zeros(model, "blocks.1.norm2", "channel")
     prompt.delta.data.normal_(generator=torch.Generator().manual_seed(0))
     x = tiny.images("vit", 3)
-    assert difference(fold(model, prompt)(x), methods.PromptedBackbone(model, prompt)(x)) < 1e-5
+    assert difference(fold(model, prompt)(x), methods.AdaptedBackbone(model, prompt)(x)) < 1e-5
     with pytest.raises(ValueError, match="without gamma and beta"):
         gap(model, prompt, "blocks.1.norm2", [0.1])
 
@@ -579,7 +579,7 @@ def test_only_a_prompt_that_is_the_same_at_every_position_folds(shape: tuple[int
     prompt = methods.ActivationPrompt("layer2.0.bn2:output", drawn(*shape, seed=0))
     if shape[1] == 1:
         x = tiny.images("resnet", 3, dtype=torch.float64)
-        assert difference(fold(model, prompt)(x), methods.PromptedBackbone(model, prompt)(x)) <= EXACT
+        assert difference(fold(model, prompt)(x), methods.AdaptedBackbone(model, prompt)(x)) <= EXACT
     else:
         with pytest.raises(ValueError, match=r"no bias near .* equals this prompt"):
             fold(model, prompt)
@@ -596,7 +596,7 @@ def test_what_holds_for_a_small_prompt_is_tried_again_for_the_one_that_folds():
     model = backbones.freeze(nn.Sequential(nn.Flatten(), nn.Hardtanh(-100.0, 100.0), nn.Linear(12, 4)))
     x = torch.randn(4, 3, 2, 2)
     prompt = methods.ActivationPrompt("0:output", torch.ones(12), "channel")
-    assert difference(fold(model, prompt, images=x)(x), methods.PromptedBackbone(model, prompt)(x)) < 1e-6
+    assert difference(fold(model, prompt, images=x)(x), methods.AdaptedBackbone(model, prompt)(x)) < 1e-6
     prompt.delta.data *= 1e3  # cut off by the clamp
     with pytest.raises(ValueError, match=r"2\.bias leaves a relative difference"):
         fold(model, prompt, images=x)
@@ -661,7 +661,7 @@ def test_the_nearest_tuning_is_no_further_than_one_found_by_descent():
     (found,) = gap(model, prompt, "blocks.1.norm1", [0.1], images=x, parameters="beta")
     z = sites.capture(model, [prompt.site], x)[prompt.site]
     scaled = methods.ActivationPrompt(prompt.site, prompt.delta.data * 0.1 / prompt.relative_norm(z), "channel")
-    wanted, bias = methods.PromptedBackbone(model, scaled)(x).detach(), model.blocks[1].norm1.bias
+    wanted, bias = methods.AdaptedBackbone(model, scaled)(x).detach(), model.blocks[1].norm1.bias
 
     def loss(beta: Tensor, step: int) -> Tensor:
         return (functional_call(model, {"blocks.1.norm1.bias": bias + beta}, (x,)) - wanted).square().sum()

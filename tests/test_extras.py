@@ -52,7 +52,7 @@ def test_prompting_a_model_needs_no_extra(tmp_path: Path):
         backbone, task = ap.load_backbone("vit_micro"), ap.load_task("orientation", 64)
         recipe = ap.Recipe(num_epochs=2, num_train=32, num_validation=16, num_test=16)
         fits = ap.fit(backbone, task, ap.ActivationPrompting(site="blocks.6:input"), recipe=recipe)
-        ap.evaluate(task, fits)
+        ap.evaluate(fits, task)
         ap.load_prompt(fits[0].save({str(tmp_path / "prompt.safetensors")!r}), backbone)
         ap.rank_sites(backbone, task, num_examples=32, num_validation=0)
         print("done")

@@ -262,16 +262,16 @@ def test_a_prompt_learns_through_a_mapped_head(how, tmp_path: Path):
     backbone, task = tiny.backbone("resnet"), tiny.task(96)
     width = backbone(tiny.images("resnet", 1)).shape[1]
     spec = LabelMapping(source(9, width), how)
-    method = apthory.ActivationPrompting(site="layer2.0:input", rate=1.0)
+    method = apthory.ActivationPrompting(site="layer2.0:input", lr_scale=1.0)
     recipe = apthory.Recipe(num_epochs=4, num_train=48, num_validation=24, num_test=24, precision="float32")
     rates = [apthory.Configuration(learning_rate=rate) for rate in (1e-2, 3e-2)]
     fits = apthory.fit(backbone, task, method, rates, recipe=recipe, head=spec)
     assert fits[1].train_curve[-1] < fits[1].train_curve[0]
-    assert sorted(name for name in fits[0].state if name.startswith("heads.")) == ["heads.map"]
+    assert list(fits[0].head_state) == ["map"]
     (alone,) = apthory.fit(backbone, task, method, rates[1:], recipe=recipe, head=spec)
-    assert torch.equal(alone.state["heads.map"], fits[1].state["heads.map"])
-    torch.testing.assert_close(alone.state["edits.prompt.values"], fits[1].state["edits.prompt.values"])
-    evaluations = apthory.evaluate(task, fits)
+    assert torch.equal(alone.head_state["map"], fits[1].head_state["map"])
+    torch.testing.assert_close(alone.state["layer2.0:input.values"], fits[1].state["layer2.0:input.values"])
+    evaluations = apthory.evaluate(fits, task)
     x = backbones.normalize(backbone, task.test[fits[1].split.test])
     correct = fits[1].model(x).argmax(1) == task.test.labels[fits[1].split.test]
     assert torch.equal(correct, evaluations[1].correct)
@@ -288,8 +288,8 @@ def test_the_first_epoch_of_an_iterative_map_is_that_of_frequency_and_later_ones
     method = apthory.ActivationPrompting(site="layer2.0:input")
     maps, curves = [], []
     for how in ("frequency", "iterative"):
-        (fit,) = apthory.fit(backbone, task, method, recipe=recipe, head=LabelMapping(source(9, width), how))
-        maps.append(fit.state["heads.map"])
+        fit = apthory.fit(backbone, task, method, recipe=recipe, head=LabelMapping(source(9, width), how))
+        maps.append(fit.head_state["map"])
         curves.append(fit.train_curve)
     assert torch.equal(*maps)
     assert curves[0] == curves[1]
@@ -304,7 +304,7 @@ def test_predictions_are_counted_with_or_without_the_initial_prompt():
 
     def map_of(method, counted: str) -> torch.Tensor:
         spec = LabelMapping(classifier, "frequency", "mode", counted)
-        return apthory.fit(backbone, task, method, recipe=recipe, head=spec)[0].state["heads.map"]
+        return apthory.fit(backbone, task, method, recipe=recipe, head=spec).head_state["map"]
 
     plain = map_of(apthory.LinearProbe(), "prompt")  # which has none
     noise = apthory.VP(width=8, init=5.0)
@@ -317,16 +317,14 @@ def test_a_model_with_nothing_to_train_is_evaluated_as_it_is():
     backbone, task = tiny.backbone("resnet"), tiny.task(96)
     recipe = apthory.Recipe(num_epochs=2, num_train=48, num_validation=24, num_test=24, precision="float32")
     classifier = source(9, backbone(tiny.images("resnet", 1)).shape[1])
-    (fit,) = apthory.fit(
-        backbone, task, apthory.LinearProbe(), recipe=recipe, head=LabelMapping(classifier, "frequency")
-    )
+    fit = apthory.fit(backbone, task, apthory.LinearProbe(), recipe=recipe, head=LabelMapping(classifier, "frequency"))
     train = backbones.normalize(backbone, task.train[fit.split.train])
     counts = counted(classifier, backbone(train), task.train.labels[fit.split.train].view(1, -1), 3)
-    assert fit.state["heads.map"][0].tolist() == greedy(counts[0].tolist())
+    assert fit.head_state["map"].tolist() == greedy(counts[0].tolist())
     assert fit.train_curve[0] == pytest.approx(fit.train_curve[1])
     logits = classifier(backbone(backbones.normalize(backbone, task.test[fit.split.test])))
-    predicted = logits[:, fit.state["heads.map"][0]].argmax(1)
-    (evaluation,) = apthory.evaluate(task, [fit])
+    predicted = logits[:, fit.head_state["map"]].argmax(1)
+    evaluation = apthory.evaluate(fit, task)
     assert torch.equal(evaluation.correct, predicted == task.test.labels[fit.split.test])
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import flop_counter
 
 from apthory import backbones, costs, equivalence, methods, metrics, sites
-from apthory.methods import ActivationPrompt, PromptedBackbone
+from apthory.methods import ActivationPrompt, AdaptedBackbone
 from apthory.studies import costs as cost_study
 from apthory.studies import input_limits
 
@@ -49,8 +49,8 @@ def test_an_input_prompt_is_its_shift_at_the_first_block_through_to_the_features
     model = backbones.load(family, device="cpu").double() if family == "vit_micro" else tiny.backbone(family, DOUBLE)
     found, x = equivalence.reach(model), normal(3, *sites.site_shape(model, ":input"), seed=1)
     prompt = normal(*x.shape[1:])
-    at_input = PromptedBackbone(model, ActivationPrompt(":input", prompt))
-    at_tokens = PromptedBackbone(model, ActivationPrompt(found.site, found.shift(prompt)))
+    at_input = AdaptedBackbone(model, ActivationPrompt(":input", prompt))
+    at_tokens = AdaptedBackbone(model, ActivationPrompt(found.site, found.shift(prompt)))
     assert found.site == "blocks.0:input"
     assert found.num_extra_tokens == (2 if family == "deit" else 1)
     assert relative(at_tokens(x), at_input(x)) <= 1e-12

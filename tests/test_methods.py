@@ -10,20 +10,29 @@ from torch.func import functional_call
 
 from apthory import backbones, methods, sites
 from apthory.heads import LinearHeads
-from apthory.methods import METHODS, ActivationPrompting, FixedPrompt, FullFineTuning, LinearProbe, NormTuning
+from apthory.methods import METHODS, ActivationPrompting, FixedPrompt, FineTuning, LinearProbe, NormTuning
 
 SITE = {"vit": "blocks.1:input", "resnet": "layer2.0:input", "swin": "layers.1.blocks.0:input"}
 
 
-def start(method: methods.Method, family: str, num: int = 2) -> methods.Body:
+def start(method: methods.Method, family: str, num: int = 2) -> methods.PreparedBackbone:
     return method.build(tiny.backbone(family), num)
 
 
-def features(body: methods.Body, x: torch.Tensor, num: int) -> torch.Tensor:
+def features(body: methods.PreparedBackbone, x: torch.Tensor, num: int) -> torch.Tensor:
     """The same images for every configuration."""
     with torch.no_grad():
         stacked = body.suffix(*(torch.cat([z] * num) for z in body.prefix(x)))
     return stacked.unflatten(0, (num, -1))
+
+
+def only(body: methods.PreparedBackbone) -> methods.Stack:
+    (stack,) = body.stacks.values()
+    return stack
+
+
+def trained(body: methods.PreparedBackbone) -> list[nn.Parameter]:
+    return [one.parameter for stack in body.stacks.values() for one in stack.trained()]
 
 
 @torch.no_grad()
@@ -41,7 +50,7 @@ def test_every_method_starts_at_the_backbone_itself(name: str, family: str):
         "channel": ActivationPrompting(site=SITE[family], shape="channel"),
         "norm": NormTuning(site=SITE[family]),
         "linear": LinearProbe(),
-        "full": FullFineTuning(),
+        "full": FineTuning(),
     }[name]
     x = tiny.images(family, 3)
     got = features(start(method, family), x, 2)
@@ -56,25 +65,25 @@ def test_every_method_starts_at_the_backbone_itself(name: str, family: str):
 def test_a_bundle_of_prompts_adds_to_each_configuration_its_own(family: str, shape: methods.Shape):
     backbone, x = tiny.backbone(family), tiny.images(family, 3)
     body = start(ActivationPrompting(site=SITE[family], shape=shape), family)
-    shift = body.edits["prompt"]
+    shift = only(body).stacked
     disturb(shift)
     shift.unit[0], shift.unit[1] = 0.5, 2.0
     for one, values, unit in zip(features(body, x, 2), shift.values, (0.5, 2.0), strict=True):
         prompt = methods.ActivationPrompt(SITE[family], unit * values.detach(), shape)
         with torch.no_grad():
-            expected = methods.PromptedBackbone(backbone, prompt)(x)
+            expected = methods.AdaptedBackbone(backbone, prompt)(x)
         torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("relative", [True, False])
 def test_a_relative_prompt_is_measured_in_the_activations_it_sees(relative: bool):
     x = tiny.images("vit", 4)
-    body = start(ActivationPrompting(site="blocks.1:input", relative=relative), "vit")
+    body = start(ActivationPrompting(site="blocks.1:input", in_rms_units=relative), "vit")
     with body.calibrating():
         features(body, x, 2)
     with torch.no_grad():
         z = sites.capture(tiny.backbone("vit"), ["blocks.1:input"], x)["blocks.1:input"]
-    shift = body.edits["prompt"]
+    shift = only(body).stacked
     unit = z.square().mean().sqrt() if relative else torch.tensor(1.0)
     torch.testing.assert_close(shift.unit.flatten(), unit.expand(2), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(shift.activation_norm, z.flatten(1).norm(dim=1).mean().expand(2), rtol=1e-5, atol=1e-6)
@@ -87,7 +96,7 @@ def test_calibration_ends_also_after_an_error():
     body = start(ActivationPrompting(site="blocks.1:input"), "vit")
     with pytest.raises(ZeroDivisionError), body.calibrating():
         _ = 1 / 0
-    assert not body.edits["prompt"].is_calibrating
+    assert not only(body).is_calibrating
 
 
 @pytest.mark.parametrize("parameters", ["gamma", "beta", "both"])
@@ -97,22 +106,24 @@ def test_norm_tuning_is_other_gammas_and_betas(family: str, site: str, layers: s
     backbone, x = tiny.backbone(family), tiny.images(family, 3)
     site = SITE.get(family, SITE["resnet"]) if site == "next" else site
     body = start(NormTuning(site=site, layers=layers, parameters=parameters), family)
-    disturb(body.edits)
+    for stack in body.stacks.values():
+        disturb(stack)
     got = features(body, x, 2)
     own = dict(backbone.named_parameters())
     tuned = sites.norms_between(backbone, site, "next" if layers == "block" else "last")
     norms = [name for name, module in backbone.named_modules() if isinstance(module, sites.NORMS)]
     assert sorted(tuned) == sorted(norms) if layers == "all" else len(tuned) < len(norms)
-    assert len(body.edits) == len(tuned) > 0
+    assert len(body.stacks) == len(tuned) > 0
     for k in range(2):
         weights = {}
-        for layer, edit in zip(tuned, body.edits.values(), strict=True):
+        for layer, stack in zip(tuned, body.stacks.values(), strict=True):
+            edit = stack.stacked
             gamma, beta = own[f"{layer}.weight"], own[f"{layer}.bias"]
             scale = 0 if edit.scale is None else edit.scale[k].flatten()
             shift = 0 if edit.shift is None else edit.shift[k].flatten()
             assert (edit.scale is None, edit.shift is None) == (parameters == "beta", parameters == "gamma")
             weights[f"{layer}.weight"] = gamma * (1 + scale)
-            weights[f"{layer}.bias"] = beta if parameters == "gamma" else beta * (1 + scale) + edit.unit * shift
+            weights[f"{layer}.bias"] = beta if parameters == "gamma" else beta * (1 + scale) + stack.template.unit * shift
         with torch.no_grad():
             expected = functional_call(backbone, weights, (x,))
         torch.testing.assert_close(got[k], expected, rtol=1e-3, atol=1e-4)
@@ -122,11 +133,13 @@ def test_norm_tuning_also_acts_before_a_fused_activation():
     """MobileNetV2's norms end in ReLU6; gamma and beta act before it, not after."""
     backbone, x, site = tiny.backbone("mobilenetv2"), tiny.images("mobilenetv2", 2), "blocks.6.0:input"
     body = start(NormTuning(site=site), "mobilenetv2", 1)
-    disturb(body.edits)
+    for stack in body.stacks.values():
+        disturb(stack)
     own, weights = dict(backbone.named_parameters()), {}
-    for layer, edit in zip(sites.norms_between(backbone, site), body.edits.values(), strict=True):
+    for layer, stack in zip(sites.norms_between(backbone, site), body.stacks.values(), strict=True):
+        edit = stack.stacked
         weights[f"{layer}.weight"] = own[f"{layer}.weight"] * (1 + edit.scale[0].flatten())
-        shift = edit.unit * edit.shift[0].flatten()
+        shift = stack.template.unit * edit.shift[0].flatten()
         weights[f"{layer}.bias"] = own[f"{layer}.bias"] * (1 + edit.scale[0].flatten()) + shift
     with torch.no_grad():
         expected = functional_call(backbone, weights, (x,))
@@ -149,7 +162,7 @@ def test_norm_tuning_of_something_else_is_an_error(fields: dict[str, str]):
 
 def test_a_norm_without_gamma_and_beta_cannot_be_tuned():
     with pytest.raises(ValueError, match="has no gamma and beta to tune"):
-        methods.Affine(1, nn.LayerNorm(4, elementwise_affine=False), (4,), "both")
+        methods.Affine(nn.LayerNorm(4, elementwise_affine=False), (4,), "both")
 
 
 @pytest.mark.parametrize(("family", "axes"), [("vit", (1,)), ("resnet", (2, 3)), ("swin", (1, 2))])
@@ -159,7 +172,7 @@ def test_a_site_probe_reads_the_activation_averaged_over_positions(family: str, 
     with torch.no_grad():
         z = sites.capture(tiny.backbone(family), [SITE[family]], x)[SITE[family]]
     torch.testing.assert_close(features(body, x, 1)[0], z.mean(axes), rtol=1e-5, atol=1e-5)
-    assert not list(body.edits.parameters())
+    assert not trained(body)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -197,9 +210,9 @@ def test_a_fixed_prompt_has_the_norm_asked_for_and_a_direction_of_its_seed(famil
         spread = prompt.delta.expand(sites.site_shape(backbone, SITE[family]))
         assert float(spread.norm()) == pytest.approx(7.0, rel=1e-5)
         assert not any(p.requires_grad for p in body.prefix.parameters())
-        assert not list(body.edits.parameters())
+        assert not trained(body)
         with torch.no_grad():
-            expected = methods.PromptedBackbone(backbone, prompt)(x)
+            expected = methods.AdaptedBackbone(backbone, prompt)(x)
         assert torch.equal(features(body, x, 1)[0], expected)
         seen[seed] = prompt.delta
     cosine = torch.cosine_similarity(seen[0].flatten(), seen[1].flatten(), dim=0)
@@ -211,18 +224,18 @@ def test_a_fixed_prompt_has_the_norm_asked_for_and_a_direction_of_its_seed(famil
 
 def test_full_fine_tuning_has_a_copy_of_the_backbone_for_each_configuration():
     backbone = tiny.backbone("resnet")
-    body = start(FullFineTuning(), "resnet", 3)
+    body = start(FineTuning(), "resnet", 3)
     own = {p.data_ptr() for p in backbone.parameters()}
-    copies = [{p.data_ptr() for p in copy.parameters()} for copy in body.edits["weights"]]
+    copies = [{p.data_ptr() for p in copy.parameters()} for copy in only(body).networks]
     assert len(copies) == 3
     assert len(own.union(*copies)) == 4 * len(own)
-    assert all(p.requires_grad for p in body.edits.parameters())
+    assert all(p.requires_grad for p in trained(body))
     assert not any(p.requires_grad for p in backbone.parameters())
-    assert not any(m.training for m in body.edits["weights"].modules() if isinstance(m, nn.BatchNorm2d))
+    assert not any(m.training for m in only(body).modules() if isinstance(m, nn.BatchNorm2d))
 
 
 def test_names_of_methods_are_unique():
-    assert list(METHODS) == ["ap", "norm", "linear", "random", "full", "vp", "evp", "adavipro"]
+    assert list(METHODS) == ["ap", "norm", "linear_probe", "random_prompt", "fine_tuning", "vp", "evp", "adavipro"]
     assert all(METHODS[name].name == name for name in METHODS)
 
 

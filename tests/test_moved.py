@@ -87,7 +87,7 @@ def test_a_star_imports_all_that_an_old_module_had(forgotten):
     names: dict = {}
     with pytest.warns(DeprecationWarning, match="^apthory.prompts is"):
         exec("from apthory.prompts import *", names)
-    assert {"ActivationPrompt", "PromptedBackbone", "save", "load"} <= names.keys()
+    assert {"ActivationPrompt", "AdaptedBackbone", "save", "load"} <= names.keys()
 
 
 @pytest.mark.parametrize("module", ["training", "studies"])

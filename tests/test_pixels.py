@@ -153,7 +153,7 @@ def test_a_frame_of_whole_patches_is_prompt_tokens():
     assert len(tokens) == 12
     _, blocks = sites.split(backbone, found.site)
     features = blocks(torch.cat([own, tokens.expand(3, -1, -1)], dim=1))
-    prompted = methods.PromptedBackbone(backbone, prompt)(x)
+    prompted = methods.AdaptedBackbone(backbone, prompt)(x)
     torch.testing.assert_close(features, prompted, rtol=1e-11, atol=1e-11)
 
 
@@ -211,12 +211,12 @@ def test_methods_refuse_what_does_not_fit_the_backbone():
 @pytest.mark.parametrize(
     ("method", "name", "value"),
     [
-        (VP, "rate", -1.0),
+        (VP, "lr_scale", -1.0),
         (VP, "init", -1.0),
         (VP, "init", math.nan),
-        (EVP, "rate", 0.0),
+        (EVP, "lr_scale", 0.0),
         (AdaViPro, "floor", 0.0),
-        (AdaViPro, "generator_rate", math.inf),
+        (AdaViPro, "generator_lr_scale", math.inf),
         (AdaViPro, "decay", 1.5),
         (AdaViPro, "dim", 0),
     ],
@@ -224,7 +224,7 @@ def test_methods_refuse_what_does_not_fit_the_backbone():
 def test_a_number_out_of_range_is_an_error(method: type, name: str, value: float):
     with pytest.raises(ValueError, match=rf"{name} of {method.name} is {value}; expected .*; default "):
         method(**{name: value})
-    method(**{"init": 0.0} if name == "init" else {"rate": 1e-9})  # the ends that are allowed
+    method(**{"init": 0.0} if name == "init" else {"lr_scale": 1e-9})  # the ends that are allowed
 
 
 def test_a_frame_of_half_a_pixel_is_an_error():
@@ -290,7 +290,7 @@ def plain_loop(
     weight, bias = nn.Parameter(weight), nn.Parameter(torch.zeros(3))
     groups = [{"params": [weight, bias], "lr": configuration.learning_rate}]
     if not is_evp:
-        groups.append({"params": [prompt], "lr": method.rate * configuration.learning_rate})
+        groups.append({"params": [prompt], "lr": method.lr_scale * configuration.learning_rate})
     optimizer = reference.make_optimizer(groups, configuration.weight_decay, recipe)
     steps = math.ceil(len(split.train) / recipe.batch_size)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -316,7 +316,7 @@ def plain_loop(
                     "linf": (g.abs().max(), 1),
                     "none": (1 - 1e-10, 1),
                 }[method.normalization]
-                rate = cosine * method.rate * configuration.learning_rate * n
+                rate = cosine * method.lr_scale * configuration.learning_rate * n
                 with torch.no_grad():
                     prompt -= rate * mask * g / (norm + 1e-10)
             total += loss.item() * len(batch)
@@ -329,9 +329,9 @@ def plain_loop(
     [
         ("resnet", EVP(diversity=()), "sgd"),
         ("vit", EVP(diversity=(), normalization="l1"), "adamw"),
-        ("resnet", EVP(diversity=(), normalization="linf", around=False, rate=30.0), "sgd"),
-        ("vit", EVP(diversity=(), normalization="none", rate=1e5), "sgd"),
-        ("resnet", VP(rate=1e3), "sgd"),
+        ("resnet", EVP(diversity=(), normalization="linf", around=False, lr_scale=30.0), "sgd"),
+        ("vit", EVP(diversity=(), normalization="none", lr_scale=1e5), "sgd"),
+        ("resnet", VP(lr_scale=1e3), "sgd"),
         ("vit", VP(normalized=False, init=0.1), "adamw"),
     ],
 )
@@ -351,13 +351,13 @@ def test_the_bundled_loop_is_the_papers_own(
     body = method.build(backbone, 2)
     body.start([c.seed for c in BUNDLE])
     for k, (fit, end, configuration) in enumerate(zip(fits, ends, BUNDLE, strict=True)):
-        start = body.edits["prompt"]._canvas()[k].detach()
+        start = body.stacks[":input"]._canvas()[k].detach()
         assert bool(start.any()) == isinstance(method, VP)
         curve, prompt, weight = plain_loop(backbone, task, method, configuration, recipe, start)
         assert fit.train_curve == pytest.approx(curve, rel=1e-3, abs=1e-4)
         torch.testing.assert_close(end["heads.weight"][0], weight, rtol=2e-2, atol=2e-3)
-        start = start.flatten(1)[:, body.edits["prompt"].place]
-        moved, expected = end["edits.prompt.values"][0] - start, prompt - start
+        start = start.flatten(1)[:, body.stacks[":input"].pixels]
+        moved, expected = end[":input.values"] - start, prompt - start
         assert float((moved - expected).norm() / expected.norm()) < 2e-2
         assert float(expected.abs().mean()) > 1e-3
 
@@ -381,7 +381,7 @@ def test_the_papers_rate_is_the_same_step_at_any_size():
     for size in (16, 64):
         overlay = Overlay(layout(size, size // 2), normalization="l2")
         overlay.whole = torch.randn(1, 3, size, size)
-        overlay.values.grad = overlay.whole.flatten(2)[..., overlay.place]
+        overlay.values.grad = overlay.whole.flatten(2)[..., overlay.pixels]
         overlay.descend(torch.tensor([0.18]))
         assert overlay.values.square().mean().sqrt().item() == pytest.approx(0.18, rel=1e-5)
 
@@ -429,13 +429,13 @@ def test_a_cache_of_another_width_is_refused(task: tasks.Task):
 
 
 def test_prompt_and_mask_generator_learn_at_their_own_rates():
-    method, backbone = AdaViPro(dim=4, rate=4.0, generator_rate=0.1), tiny.backbone("vit")
+    method, backbone = AdaViPro(dim=4, lr_scale=4.0, generator_lr_scale=0.1), tiny.backbone("vit")
     body = method.build(backbone, 2)
-    optimizer = Optimizer(body, Heads(), method, BUNDLE, RECIPE)
+    optimizer = Optimizer(body, Heads(), BUNDLE, RECIPE)
     rates = {p.shape: rate.flatten().tolist() for p, rate, _ in optimizer.parameters}
     assert len(rates) == 5
     for shape, rate in rates.items():
-        factor = 4.0 if shape == body.edits["prompt"].values.shape else 0.1
+        factor = 4.0 if shape == body.stacks[":input"].values.shape else 0.1
         assert rate == pytest.approx([factor * c.learning_rate for c in BUNDLE])
 
 
@@ -444,8 +444,8 @@ def test_mask_generators_are_trained(task: tasks.Task):
     (fit,) = training.fit(tiny.backbone("resnet"), task, method, BUNDLE[:1], recipe=replace(RECIPE, num_epochs=2))
     body = method.build(tiny.backbone("resnet"), 1)
     body.start([BUNDLE[0].seed])
-    for name, value in body.edits["prompt"].named_parameters():
-        assert not torch.equal(fit.state[f"edits.prompt.{name}"], value.detach()), name
+    for name, value in body.stacks[":input"].named_parameters():
+        assert not torch.equal(fit.state[f":input.{name}"], value.detach()[0]), name
 
 
 # ---------------------------------------------------------------------------------- AdaViPro
@@ -673,7 +673,7 @@ def test_nothing_is_random_outside_of_training_steps(name: str):
     body = METHODS[name].build(tiny.backbone("resnet"), 2)
     body.start([0, 1])
     (crossing,) = body.prefix(tiny.images("resnet", 4))
-    overlay = body.edits["prompt"]
+    overlay = body.stacks[":input"]
     with torch.no_grad():
         first, second = overlay(crossing), overlay(crossing)
         assert torch.equal(first, second)
@@ -703,7 +703,7 @@ def test_the_exported_and_the_loaded_model_predict_what_evaluate_counts(
     name: str, fits: dict[str, list[Fit]], task: tasks.Task, tmp_path: Path
 ):
     backbone = tiny.backbone("resnet")
-    for fit, evaluation in zip(fits[name], training.evaluate(task, fits[name]), strict=True):
+    for fit, evaluation in zip(fits[name], training.evaluate(fits[name], task), strict=True):
         x = reference.normalized(backbone, task.test, fit.split.test)
         loaded = files.load(fit.save(tmp_path / "prompt.safetensors"), backbone)
         with torch.no_grad():

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from apthory import backbones, methods, sites
-from apthory.methods import ActivationPrompt, PromptedBackbone, files
+from apthory.methods import ActivationPrompt, AdaptedBackbone, files
 
 KINDS = ("full", "channel")
 
@@ -32,9 +32,9 @@ def test_a_zero_prompt_is_the_identity_bit_for_bit(family: str, shape: methods.S
     backbone, x = tiny.backbone(family), tiny.images(family, 3)
     for site in (":input", sites.list_sites(backbone)[2], sites.list_sites(backbone, "norm")[2]):
         prompt = ActivationPrompt.zeros(backbone, site, shape)
-        assert torch.equal(PromptedBackbone(backbone, prompt)(x), backbone(x))
+        assert torch.equal(AdaptedBackbone(backbone, prompt)(x), backbone(x))
         prompt.delta.normal_()  # and what is not zero is seen
-        assert not torch.equal(PromptedBackbone(backbone, prompt)(x), backbone(x))
+        assert not torch.equal(AdaptedBackbone(backbone, prompt)(x), backbone(x))
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def test_a_channel_prompt_after_a_norm_is_a_shift_of_its_bias_exactly(family: st
     backbone = tiny.backbone.__wrapped__(family, torch.float64)
     x = tiny.images(family, 3, dtype=torch.float64)
     prompt = random_prompt(backbone, site, "channel").double()
-    prompted = PromptedBackbone(backbone, prompt)(x)
+    prompted = AdaptedBackbone(backbone, prompt)(x)
     plain = backbone(x)
     backbone.get_submodule(site).bias += prompt.delta.flatten()
     torch.testing.assert_close(backbone(x), prompted, rtol=1e-12, atol=1e-12)
@@ -57,7 +57,7 @@ def test_a_prompt_at_the_input_is_added_to_the_image(family: str):
     backbone, x = tiny.backbone(family), tiny.images(family, 3)
     prompt = random_prompt(backbone, ":input")
     assert prompt.delta.shape == x.shape[1:]
-    assert torch.equal(PromptedBackbone(backbone, prompt)(x), backbone(x + prompt.delta))
+    assert torch.equal(AdaptedBackbone(backbone, prompt)(x), backbone(x + prompt.delta))
 
 
 @torch.no_grad()
@@ -89,14 +89,14 @@ def test_a_prompt_borrows_the_backbone_and_returns_it():
     before = backbones.digest(backbone)
     with torch.no_grad():
         plain = backbone(x)
-        PromptedBackbone(backbone, random_prompt(backbone, "blocks.1:input"))(x)
+        AdaptedBackbone(backbone, random_prompt(backbone, "blocks.1:input"))(x)
         assert torch.equal(backbone(x), plain)
     assert backbones.digest(backbone) == before
 
 
 def test_only_the_prompt_learns():
     backbone, x = tiny.backbone("vit"), tiny.images("vit", 2)
-    prompted = PromptedBackbone(backbone, ActivationPrompt.zeros(backbone, "blocks.1:input"))
+    prompted = AdaptedBackbone(backbone, ActivationPrompt.zeros(backbone, "blocks.1:input"))
     prompted(x).sum().backward()
     assert prompted.prompt.delta.grad.abs().sum() > 0
     assert [name for name, p in prompted.named_parameters() if p.grad is not None] == ["prompt.delta"]
@@ -129,10 +129,10 @@ def test_a_prompt_of_the_wrong_shape_says_which_is_right():
     with pytest.raises(
         ValueError, match=r"shape \(16, 32\) does not fit the activation \(17, 32\) at 'blocks.1:input'"
     ):
-        PromptedBackbone(backbone, wrong)(x)
+        AdaptedBackbone(backbone, wrong)(x)
     taller = ActivationPrompt("norm:output", torch.zeros(2, 17, 32))  # it would broadcast over the batch
     with pytest.raises(ValueError, match=r"\(2, 17, 32\) does not fit"):
-        PromptedBackbone(backbone, taller)(x)
+        AdaptedBackbone(backbone, taller)(x)
     with pytest.raises(ValueError, match="prompt shape 'row' is not one of full, channel"):
         inspect.unwrap(methods.prompt_shape)(backbone, "blocks.1:input", "row")  # without the type check of the tests
 
@@ -149,7 +149,7 @@ def test_saving_and_loading_changes_no_logit(family: str, shape: methods.Shape, 
     for linear in (None, nn.Linear(backbone(x).shape[1], 5)):
         path = files.save(tmp_path / "prompt.safetensors", prompt, backbone, linear)
         loaded = files.load(path, backbone)
-        assert torch.equal(loaded(x), PromptedBackbone(backbone, prompt, linear)(x))
+        assert torch.equal(loaded(x), AdaptedBackbone(backbone, prompt, linear)(x))
         assert (loaded.prompt.site, loaded.prompt.shape) == (prompt.site, prompt.shape)
         assert not any(p.requires_grad for p in loaded.parameters())
 
@@ -185,7 +185,7 @@ def test_other_weights_are_refused(tmp_path: Path):
     backbone = tiny.backbone("vit")
     path = files.save(tmp_path / "p.safetensors", random_prompt(backbone, "blocks.1"), backbone)
     other = tiny.backbone.__wrapped__("vit")
-    assert isinstance(files.load(path, other), PromptedBackbone)  # another object, the same weights
+    assert isinstance(files.load(path, other), AdaptedBackbone)  # another object, the same weights
     other.norm.bias.data[0] += 1e-6
     with pytest.raises(ValueError, match="trained for other weights of 'tiny_vit'"):
         files.load(path, other)
@@ -243,4 +243,4 @@ def test_an_interrupted_save_leaves_the_old_file_whole(tmp_path: Path, monkeypat
             files.save(target, second, backbone)
     assert [file.name for file in tmp_path.iterdir()] == ["p.safetensors"]
     with torch.no_grad():
-        assert torch.equal(files.load(path, backbone)(x), PromptedBackbone(backbone, first)(x))
+        assert torch.equal(files.load(path, backbone)(x), AdaptedBackbone(backbone, first)(x))

@@ -177,7 +177,7 @@ def test_a_cell_says_what_tuning_and_evaluating_says(study: layers.Study, done: 
         learning_rates=(2e-2,),
         seeds=(0, 1),
     )
-    evaluations = training.evaluate(task, fits)
+    evaluations = training.evaluate(fits, task)
     assert record["accuracy"] == [e.accuracy for e in evaluations]
     assert record["learning_rate"] == fits[0].configuration.learning_rate
     assert record["prompt_norm"] == [fit.prompt_norm for fit in fits]

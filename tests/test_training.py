@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from apthory import backbones, heads, methods, sites, tasks, training
-from apthory.methods import ActivationPrompting, FixedPrompt, FullFineTuning, LinearProbe, Method, NormTuning, files
-from apthory.training import Configuration, Fit, Recipe, fitting
+from apthory.methods import ActivationPrompting, FixedPrompt, FineTuning, LinearProbe, Method, NormTuning, files
+from apthory.training import Configuration, Fit, FrozenHead, Recipe, fitting
 from apthory.training import cache as training_cache
 from apthory.training.optimizer import Optimizer
 
@@ -40,6 +40,7 @@ def assert_same_fit(fit: Fit, other: Fit, exact: bool = False) -> None:
     for name in ("train_curve", "validation_loss", "prompt_norm", "relative_norm"):
         torch.testing.assert_close(torch.tensor(getattr(fit, name)), torch.tensor(getattr(other, name)), **tolerance)
     torch.testing.assert_close(fit.state, other.state, **tolerance)  # names the parameter that differs
+    torch.testing.assert_close(fit.head_state, other.head_state, **tolerance)
 
 
 # ---------------------------------------------------------------------------------- the plain loop
@@ -50,7 +51,7 @@ PLAIN = {
     "ap full vit sgd": ("vit", ActivationPrompting(site="blocks.1:input"), "sgd"),
     "ap channel resnet": ("resnet", ActivationPrompting(site="layer2.0:input", shape="channel"), "adamw"),
     "ap inside a branch": ("vit", ActivationPrompting(site="blocks.1.norm1:output"), "sgd"),
-    "ap absolute": ("vit", ActivationPrompting(site="blocks.0:input", relative=False, rate=3.0), "sgd"),
+    "ap absolute": ("vit", ActivationPrompting(site="blocks.0:input", in_rms_units=False, lr_scale=3.0), "sgd"),
     "vp": ("resnet", ActivationPrompting(site=":input"), "sgd"),
     "norm vit": ("vit", NormTuning(site="blocks.1:input"), "adamw"),
     "gamma resnet": ("resnet", NormTuning(site="layer2.0:input", parameters="gamma"), "sgd"),
@@ -59,8 +60,8 @@ PLAIN = {
     "linear sgd": ("resnet", LinearProbe(), "sgd"),
     "site probe vit": ("vit", LinearProbe(site="blocks.1:input"), "sgd"),
     "site probe resnet": ("resnet", LinearProbe(site="layer2.0:input"), "adamw"),
-    "full vit": ("vit", FullFineTuning(), "sgd"),
-    "full resnet": ("resnet", FullFineTuning(), "adamw"),
+    "full vit": ("vit", FineTuning(), "sgd"),
+    "full resnet": ("resnet", FineTuning(), "adamw"),
 }
 
 
@@ -72,7 +73,7 @@ def test_the_bundled_cached_loop_is_the_plain_loop(case: str, task: tasks.Task):
     rates = (2e-2, 5e-3) if optimizer == "adamw" else (5e-2, 1e-2)
     bundle = [Configuration(learning_rate=r, weight_decay=1e-2, seed=s) for s, r in enumerate(rates)]
     fits = training.fit(backbone, task, method, bundle, recipe=recipe)
-    evaluations = training.evaluate(task, fits)
+    evaluations = training.evaluate(fits, task)
     for fit, evaluation, configuration in zip(fits, evaluations, bundle, strict=True):
         plain = reference.fit(backbone, task, method, configuration, recipe)
         assert fit.train_curve == pytest.approx(plain.train_curve, rel=1e-3, abs=1e-4)
@@ -84,7 +85,7 @@ def test_the_bundled_cached_loop_is_the_plain_loop(case: str, task: tasks.Task):
         assert torch.equal(evaluation.correct, plain.correct)
         assert evaluation.accuracy == pytest.approx(100 * plain.correct.float().mean().item(), abs=1e-4)
         if plain.prompt is not None:
-            torch.testing.assert_close(fit.state["edits.prompt.values"][0], plain.prompt, rtol=2e-2, atol=2e-3)
+            torch.testing.assert_close(fit.state[f"{fit.method.site}.values"], plain.prompt, rtol=2e-2, atol=2e-3)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -92,14 +93,14 @@ def test_the_optimizer_is_that_of_torch(optimizer: str):
     """Two configurations with their own rate and decay, against torch.optim with a cosine after warm-up."""
     recipe = Recipe(optimizer=optimizer, warmup=0.25)
     configurations = [Configuration(learning_rate=0.1, weight_decay=0.3), Configuration(learning_rate=0.02)]
-    method = ActivationPrompting(site="blocks.1:input", rate=4.0)
-    edit = methods.Shift(2, (3, 5))
-    body = methods.Body(nn.Identity(), nn.Identity(), nn.ModuleDict({"prompt": edit}))
+    stack = methods.Shift.stack([methods.Shift((3, 5), lr_scale=4.0) for _ in range(2)])
+    edit = stack.stacked
+    body = methods.PreparedBackbone(nn.Identity(), nn.Identity(), {"blocks.1:input": stack})
     linear = heads.LinearHeads(2, 5, 3, [torch.Generator().manual_seed(k) for k in range(2)])
     with torch.no_grad():
         edit.values.normal_(generator=torch.Generator().manual_seed(7))
     plain = [[nn.Parameter(p[k].detach().clone()) for p in (edit.values, linear.weight, linear.bias)] for k in range(2)]
-    own = Optimizer(body, linear, method, configurations, recipe)
+    own = Optimizer(body, linear, configurations, recipe)
     theirs, schedulers = [], []
     for c, (values, weight, bias) in zip(configurations, plain, strict=True):
         groups = [{"params": [values], "lr": 4 * c.learning_rate}, {"params": [weight, bias], "lr": c.learning_rate}]
@@ -138,14 +139,14 @@ def test_a_bundle_gives_each_configuration_the_result_it_gets_alone(family: str,
     method = ActivationPrompting(site=SITE[family])
     recipe = replace(RECIPE, optimizer=optimizer)
     together = training.fit(tiny.backbone(family), task, method, BUNDLE, recipe=recipe)
-    evaluations = training.evaluate(task, together)
+    evaluations = training.evaluate(together, task)
     for configuration, fit, evaluation in zip(BUNDLE, together, evaluations, strict=True):
         (alone,) = training.fit(tiny.backbone(family), task, method, [configuration], recipe=recipe)
         assert_same_fit(fit, alone)
-        assert torch.equal(training.evaluate(task, [alone])[0].correct, evaluation.correct)
+        assert torch.equal(training.evaluate(alone, task).correct, evaluation.correct)
 
 
-@pytest.mark.parametrize("method", [NormTuning(site="blocks.1:input"), FullFineTuning(), LinearProbe()])
+@pytest.mark.parametrize("method", [NormTuning(site="blocks.1:input"), FineTuning(), LinearProbe()])
 def test_other_methods_bundle_as_well(method: Method, task: tasks.Task):
     recipe = replace(RECIPE, optimizer="sgd")
     together = training.fit(tiny.backbone("vit"), task, method, BUNDLE[::2], recipe=recipe)
@@ -262,7 +263,7 @@ class Spied(ActivationPrompting):
 
     seen: tuple[list, ...] = ([],)
 
-    def build(self, backbone: nn.Module, num: int) -> methods.Body:
+    def build(self, backbone: nn.Module, num: int) -> methods.PreparedBackbone:
         body = super().build(backbone, num)
         self.seen[0].append(body)
         return body
@@ -284,17 +285,17 @@ def test_only_prompt_and_head_receive_gradients(task: tasks.Task, monkeypatch: p
     assert got == {"(2, 8, 8, 8)", "(2, 32, 3)", "(2, 1, 3)"}  # prompts, heads' weights and biases
     (body,) = method.seen[0]
     wanted = {name for name, p in body.suffix.named_parameters() if p.requires_grad}
-    assert wanted == {"edit_0.values"}
+    assert wanted == {"edit_0.stacked.values"}
     assert backbones.digest(backbone) == before
     assert all(p.grad is None and not p.requires_grad for p in backbone.parameters())
 
 
-@pytest.mark.parametrize("method", [FullFineTuning(), NormTuning(site="layer2.0:input"), LinearProbe()])
+@pytest.mark.parametrize("method", [FineTuning(), NormTuning(site="layer2.0:input"), LinearProbe()])
 def test_no_method_changes_the_backbone(method: Method, task: tasks.Task):
     backbone = tiny.backbone("resnet")
     before = backbones.digest(backbone)
     fits = training.fit(backbone, task, method, BUNDLE[:2], recipe=RECIPE)
-    training.evaluate(task, fits)
+    training.evaluate(fits, task)
     assert backbones.digest(backbone) == before
     assert all(p.grad is None and not p.requires_grad for p in backbone.parameters())
     assert not backbone.training
@@ -302,7 +303,7 @@ def test_no_method_changes_the_backbone(method: Method, task: tasks.Task):
 
 @dataclass(frozen=True, kw_only=True)
 class Vandal(ActivationPrompting):
-    def build(self, backbone: nn.Module, num: int) -> methods.Body:
+    def build(self, backbone: nn.Module, num: int) -> methods.PreparedBackbone:
         body = super().build(backbone, num)
         bias = next(p for name, p in backbone.named_parameters() if name == "norm.bias")
 
@@ -328,45 +329,50 @@ def test_nothing_to_tune_is_an_error(empty: dict, task: tasks.Task):
 @pytest.mark.parametrize("head", ["iterative", torch.zeros(3), heads.LabelMapping])
 def test_a_head_of_no_kind_is_an_error(head: object, task: tasks.Task):
     untyped = inspect.unwrap(training.fit)  # past the type checks of tests
-    with pytest.raises(ValueError, match=r"head is .*; expected LinearHead\(\), LabelMapping\(classifier, ...\) or"):
+    with pytest.raises(ValueError, match=r"head is .*; expected LinearHead\(\), LabelMapping\(classifier, ...\), FrozenHead\(fits\) or"):
         untyped(tiny.backbone("resnet"), task, LinearProbe(), head=head)
-
-
-def test_a_method_with_another_kind_of_head_is_an_error(task: tasks.Task):
-    method = methods.VP(width=4)
-    object.__setattr__(method, "head", "wordy")
-    with pytest.raises(ValueError, match=r"the method's head is 'wordy'; expected 'trained' or 'frozen'"):
-        training.fit(tiny.backbone("resnet"), task, method)
 
 
 def test_a_frozen_head_stays_at_the_weights_it_is_given(task: tasks.Task):
     backbone = tiny.backbone("vit")
     probes = training.fit(backbone, task, LinearProbe(), BUNDLE[:2], recipe=RECIPE)
-    method = ActivationPrompting(site="blocks.1:input", head="frozen")
-    fits = training.fit(backbone, task, method, BUNDLE[:2], recipe=RECIPE, heads=probes)
+    method = ActivationPrompting(site="blocks.1:input")
+    fits = training.fit(backbone, task, method, BUNDLE[:2], recipe=RECIPE, head=FrozenHead(probes))
     for fit, probe in zip(fits, probes, strict=True):
-        for name in ("heads.weight", "heads.bias", "heads.unit"):
-            assert torch.equal(fit.state[name], probe.state[name])
+        for name in ("weight", "bias", "unit"):
+            assert torch.equal(fit.head_state[name], probe.head_state[name])
         assert fit.prompt.delta.abs().sum() > 0
-    trained = training.fit(backbone, task, replace(method, head="trained"), BUNDLE[:2], recipe=RECIPE)
-    assert not torch.equal(trained[0].state["heads.weight"], probes[0].state["heads.weight"])
+        assert fit.head_spec == probe.head_spec
+    trained = training.fit(backbone, task, method, BUNDLE[:2], recipe=RECIPE)
+    assert not torch.equal(trained[0].head_state["weight"], probes[0].head_state["weight"])
 
 
-@pytest.mark.parametrize("num", [0, 1])
-def test_a_frozen_head_needs_a_fit_for_each_configuration(num: int, task: tasks.Task):
-    backbone = tiny.backbone("vit")
-    probes = training.fit(backbone, task, LinearProbe(), BUNDLE[:1], recipe=RECIPE)[:num] or None
-    method = ActivationPrompting(site="blocks.1:input", head="frozen")
-    with pytest.raises(ValueError, match="needs heads=, one fit for each of the 2 configurations"):
-        training.fit(backbone, task, method, BUNDLE[:2], recipe=RECIPE, heads=probes)
+def test_the_old_way_to_ask_for_a_frozen_head_gives_the_same(task: tasks.Task):
+    backbone, recipe = tiny.backbone("vit"), replace(RECIPE, num_epochs=1)
+    probes = training.fit(backbone, task, LinearProbe(), BUNDLE[:2], recipe=recipe)
+    method = ActivationPrompting(site="blocks.1:input")
+    new = training.fit(backbone, task, method, BUNDLE[:2], recipe=recipe, head=FrozenHead(probes))
+    with pytest.warns(DeprecationWarning, match=r"head='frozen' of ActivationPrompting is an argument of fit"):
+        old_method = ActivationPrompting(site="blocks.1:input", head="frozen")
+    with pytest.warns(DeprecationWarning, match=r"heads of fit is head=FrozenHead\(fits\) now"):
+        old = training.fit(backbone, task, old_method, BUNDLE[:2], recipe=recipe, heads=probes)
+    for one, other in zip(old, new, strict=True):
+        assert_same_fit(one, other, exact=True)
+    with pytest.raises(ValueError, match=r"head='frozen'; give the head itself: fit\(..., head=FrozenHead\(fits\)\)"):
+        training.fit(backbone, task, old_method, BUNDLE[:2], recipe=recipe)
+    with pytest.warns(DeprecationWarning), pytest.raises(ValueError, match="have a LinearHead; head= asks for a TextHe"):
+        training.fit(tiny.backbone("vit"), task, method, BUNDLE[:2], recipe=recipe, head=HEADS["text"], heads=probes)
 
 
-def test_a_frozen_head_of_another_kind_is_an_error(task: tasks.Task):
-    backbone, recipe = tiny.backbone("resnet"), replace(RECIPE, num_epochs=1)
-    probes = training.fit(backbone, task, LinearProbe(), BUNDLE[:1], recipe=recipe)
-    method = ActivationPrompting(site=SITE["resnet"], head="frozen")
-    with pytest.raises(ValueError, match=r"the fits in heads= have a LinearHead; head= asks for a TextHead"):
-        training.fit(backbone, task, method, BUNDLE[:1], recipe=recipe, head=HEADS["text"], heads=probes)
+def test_a_frozen_head_needs_a_fit_for_each_configuration(task: tasks.Task):
+    backbone, method = tiny.backbone("vit"), ActivationPrompting(site="blocks.1:input")
+    probes = training.fit(backbone, task, LinearProbe(), BUNDLE[:1], recipe=RECIPE)
+    with pytest.raises(ValueError, match="FrozenHead has 1 fits for 2 configurations; give one for each"):
+        training.fit(backbone, task, method, BUNDLE[:2], recipe=RECIPE, head=FrozenHead(probes))
+    with pytest.raises(ValueError, match="FrozenHead has 1 fits for 2 seeds; give one for each"):
+        training.tune(backbone, task, method, learning_rates=[0.1], seeds=[0, 1], head=FrozenHead(probes[0]))
+    with pytest.raises(ValueError, match="one kind of head; these have none"):
+        FrozenHead([])
 
 
 # ---------------------------------------------------------------------------------- kinds of heads
@@ -397,7 +403,7 @@ def test_a_linear_head_is_what_there_is_by_default(task: tasks.Task):
 
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize(
-    "method", [ActivationPrompting(site="layer2.0:input"), methods.EVP(rate=0.3), methods.AdaViPro(dim=4)]
+    "method", [ActivationPrompting(site="layer2.0:input"), methods.EVP(lr_scale=0.3), methods.AdaViPro(dim=4)]
 )
 def test_every_prompt_learns_under_every_head(kind: str, method: Method, task: tasks.Task, tmp_path: Path):
     """Bundled and alone are the same, and a prompt saved with its head gives the same logits when loaded.
@@ -411,9 +417,7 @@ def test_every_prompt_learns_under_every_head(kind: str, method: Method, task: t
     if kind != "mapping":  # an iterative map moves with the prompt, and the loss is then another one
         assert fits[1].train_curve[-1] < 0.98 * twins[1].train_curve[-1]
     for fit, twin in zip(fits, twins, strict=True):
-        learned = {
-            name for name in fit.state if name.startswith("edits.") and "norm" not in name and "unit" not in name
-        }
+        learned = {name for name in fit.state if "norm" not in name and "unit" not in name}
         assert len(learned) == (5 if isinstance(method, methods.AdaViPro) else 1)
         for name in learned:
             assert float((fit.state[name] - twin.state[name]).norm()) > 1e-6 + 1e-3 * float(twin.state[name].norm()), (
@@ -422,7 +426,8 @@ def test_every_prompt_learns_under_every_head(kind: str, method: Method, task: t
     (alone,) = training.fit(backbone, task, method, BUNDLE[2:3], recipe=recipe, head=HEADS[kind])
     assert fits[1].train_curve == pytest.approx(alone.train_curve, rel=1e-3)
     torch.testing.assert_close(fits[1].state, alone.state, rtol=5e-3, atol=5e-4)
-    for fit, evaluation in zip(fits, training.evaluate(task, fits), strict=True):
+    torch.testing.assert_close(fits[1].head_state, alone.head_state, rtol=5e-3, atol=5e-4)
+    for fit, evaluation in zip(fits, training.evaluate(fits, task), strict=True):
         x = reference.normalized(backbone, task.test, fit.split.test)
         loaded = files.load(fit.save(tmp_path / "prompt.safetensors"), backbone)
         with torch.no_grad():
@@ -505,7 +510,7 @@ def test_fitting_and_tuning_never_look_at_the_test_part(task: tasks.Task):
     for one, other in zip(tuned, blind_tuned, strict=True):
         assert_same_fit(one, other, exact=True)
     with pytest.raises(AssertionError, match="looked at"):
-        training.evaluate(sealed, [blind])
+        training.evaluate([blind], sealed)
 
 
 def test_train_and_validation_labels_do_decide(task: tasks.Task):
@@ -549,9 +554,9 @@ def tuned_rates(task: tasks.Task, monkeypatch: pytest.MonkeyPatch) -> dict:
     (template,) = training.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[:1], recipe=RECIPE)
     calls: dict = {"bundles": [], "heads": [], "peak": 1.0}
 
-    def fake(backbone, task, method, configurations, recipe, *, head=None, heads=None, cache=None):  # type: ignore[no-untyped-def]
+    def fake(backbone, task, method, configurations, recipe, *, head=None, cache=None):  # type: ignore[no-untyped-def]
         calls["bundles"].append([(c.learning_rate, c.seed) for c in configurations])
-        calls["heads"].append(heads)
+        calls["heads"].append(head)
         score = [90 - 10 * abs(math.log2(c.learning_rate / calls["peak"])) for c in configurations]
         return [
             replace(template, configuration=c, validation_accuracy=s)
@@ -598,11 +603,11 @@ def test_each_seed_gets_its_own_frozen_head(tuned_rates: dict, task: tasks.Task)
     probes = [replace(probe, configuration=Configuration(seed=seed)) for seed in (0, 1, 2)]
     tuned_rates["heads"].clear()
     tuned_rates["peak"] = 2.0
-    method = ActivationPrompting(site="blocks.1:input", head="frozen")
+    method, rates = ActivationPrompting(site="blocks.1:input"), (1.0, 2.0, 4.0)
     training.tune(
-        tiny.backbone("vit"), task, method, recipe=RECIPE, learning_rates=(1.0, 2.0, 4.0), seeds=(0, 1, 2), heads=probes
+        tiny.backbone("vit"), task, method, recipe=RECIPE, learning_rates=rates, seeds=(0, 1, 2), head=FrozenHead(probes)
     )
-    assert [[fit.configuration.seed for fit in given] for given in tuned_rates["heads"]] == [[0, 0, 0], [1, 2]]
+    assert [[fit.configuration.seed for fit in head.fits] for head in tuned_rates["heads"]] == [[0, 0, 0], [1, 2]]
 
 
 def test_tuned_fits_are_those_of_the_chosen_rate(task: tasks.Task):
@@ -625,7 +630,7 @@ class Hungry(ActivationPrompting):
     error: type[Exception] = MemoryError
     message: str = "out of memory"
 
-    def build(self, backbone: nn.Module, num: int) -> methods.Body:
+    def build(self, backbone: nn.Module, num: int) -> methods.PreparedBackbone:
         if num > self.most:
             raise self.error(self.message)
         return super().build(backbone, num)
@@ -656,11 +661,11 @@ def test_a_bundle_that_does_not_fit_memory_is_halved_and_gives_the_same(
 
 def test_halving_keeps_each_configuration_with_its_head(task: tasks.Task):
     probes = training.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[:3], recipe=RECIPE)
-    hungry = Hungry(site="blocks.1:input", head="frozen")
+    hungry = Hungry(site="blocks.1:input")
     with pytest.warns(UserWarning, match="halved"):
-        fits = training.fit(tiny.backbone("vit"), task, hungry, BUNDLE[:3], recipe=RECIPE, heads=probes)
+        fits = training.fit(tiny.backbone("vit"), task, hungry, BUNDLE[:3], recipe=RECIPE, head=FrozenHead(probes))
     for fit, probe in zip(fits, probes, strict=True):
-        assert torch.equal(fit.state["heads.weight"], probe.state["heads.weight"])
+        assert torch.equal(fit.head_state["weight"], probe.head_state["weight"])
 
 
 def test_a_single_configuration_that_does_not_fit_says_the_way_out(task: tasks.Task):
@@ -678,9 +683,9 @@ def test_another_error_is_not_taken_for_want_of_memory(task: tasks.Task):
 class Asking(ActivationPrompting):
     answers: tuple[list, ...] = ([],)
 
-    def build(self, backbone: nn.Module, num: int) -> methods.Body:
+    def build(self, backbone: nn.Module, num: int) -> methods.PreparedBackbone:
         self.answers[0].append(torch.are_deterministic_algorithms_enabled())
-        if self.rate < 0:
+        if self.lr_scale < 0:
             raise ZeroDivisionError
         return super().build(backbone, num)
 
@@ -691,7 +696,7 @@ def test_determinism_is_asked_for_and_given_back(wanted: bool, task: tasks.Task)
     training.fit(tiny.backbone("vit"), task, method, BUNDLE[:1], recipe=recipe)
     assert not torch.are_deterministic_algorithms_enabled()
     with pytest.raises(ZeroDivisionError):
-        training.fit(tiny.backbone("vit"), task, replace(method, rate=-1.0), BUNDLE[:1], recipe=recipe)
+        training.fit(tiny.backbone("vit"), task, replace(method, lr_scale=-1.0), BUNDLE[:1], recipe=recipe)
     assert not torch.are_deterministic_algorithms_enabled()
     assert method.answers[0] == [wanted, wanted]
 
@@ -729,7 +734,7 @@ def test_the_exported_model_predicts_what_evaluate_counts(family: str, shape: st
     backbone = tiny.backbone(family)
     method = ActivationPrompting(site=SITE[family], shape=shape)
     fits = training.fit(backbone, task, method, BUNDLE[:3], recipe=RECIPE)
-    for fit, evaluation in zip(fits, training.evaluate(task, fits), strict=True):
+    for fit, evaluation in zip(fits, training.evaluate(fits, task), strict=True):
         x = reference.normalized(backbone, task.test, fit.split.test)
         labels = task.test.labels[fit.split.test]
         loaded = files.load(fit.save(tmp_path / "prompt.safetensors"), backbone)
@@ -755,8 +760,8 @@ def test_norms_are_in_the_units_of_the_activation(task: tasks.Task):
 
 def test_a_fit_without_a_prompt_says_so(task: tasks.Task):
     (probe,) = training.fit(tiny.backbone("vit"), task, LinearProbe(), BUNDLE[:1], recipe=RECIPE)
-    with pytest.raises(ValueError, match="the method 'linear' has no prompt"):
-        _ = probe.model
+    with pytest.raises(ValueError, match="the method 'linear_probe' has no prompt"):
+        _ = probe.prompt
 
 
 def test_the_last_batch_may_be_smaller_and_every_image_is_seen_once_an_epoch(task: tasks.Task):
@@ -783,7 +788,7 @@ def test_a_class_missing_from_train_is_an_error(task: tasks.Task):
 
 def test_defaults_are_one_configuration_and_the_default_recipe():
     backbone, task = tiny.backbone("vit"), tiny.task(24, 6)
-    (fit,) = training.fit(backbone, task, LinearProbe(), recipe=replace(RECIPE, num_epochs=1, num_validation=6))
+    fit = training.fit(backbone, task, LinearProbe(), recipe=replace(RECIPE, num_epochs=1, num_validation=6))
     assert fit.configuration == Configuration()
 
 
@@ -801,7 +806,7 @@ def test_arguments_of_another_kind_are_named(task: tasks.Task):
 def test_a_single_step_trains_nothing_and_says_so(task: tasks.Task):
     recipe = replace(RECIPE, num_epochs=1, batch_size=40)
     with pytest.warns(UserWarning, match="one step is all of an epoch of 40 images.*is not trained"):
-        (fit,) = training.fit(tiny.backbone("vit"), task, ActivationPrompting(site="blocks.1:input"), recipe=recipe)
+        fit = training.fit(tiny.backbone("vit"), task, ActivationPrompting(site="blocks.1:input"), recipe=recipe)
     assert fit.prompt_norm == 0
 
 

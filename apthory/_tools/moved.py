@@ -3,6 +3,7 @@
 An old module stands for those that took its place, and looks a name up in each of them. To be removed with version 0.2.
 """
 
+import functools
 import sys
 import warnings
 from collections.abc import Sequence
@@ -43,13 +44,19 @@ MODULES = {  # old name -> the modules that have its contents now, the first one
     "tracing": ("sites.tracing",),
 }
 RENAMED = {  # names that are other ones now: old module and name -> module and name
+    "apthory.FullFineTuning": ("methods", "FineTuning"),
+    "apthory.PromptedBackbone": ("methods", "AdaptedBackbone"),
     "apthory.sweeps.cells": ("studies.layers", "configurations"),
     "apthory.sweeps.make": ("studies.record_format", "method_of"),
     "apthory.sweeps.make_head": ("studies.record_format", "head_of"),
     "apthory.training.autocast": ("backbones", "autocast"),
+    "apthory.methods.Body": ("methods", "PreparedBackbone"),
+    "apthory.methods.FullFineTuning": ("methods", "FineTuning"),
+    "apthory.methods.PromptedBackbone": ("methods", "AdaptedBackbone"),
     "apthory.studies.Study": ("studies.catalogue", "Study"),
     "apthory.studies.known": ("studies.catalogue", "known"),
 }
+FIELDS = {"rate": "lr_scale", "relative": "in_rms_units", "generator_rate": "generator_lr_scale"}  # of methods
 _MACHINERY = ("apthory", "importlib", "_frozen_importlib", "beartype", "jaxtyping")
 
 
@@ -88,7 +95,7 @@ class _Finder(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         assert isinstance(module, _OldModule)
-        _warn(module.__name__, module.places[0])
+        warn_user(module.__name__, module.places[0])
 
 
 def renamed(module: str, name: str) -> Any:
@@ -99,8 +106,41 @@ def renamed(module: str, name: str) -> Any:
     """
     if (place := RENAMED.get(f"{module}.{name}")) is None:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    _warn(f"{module}.{name}", f"apthory.{place[0]}.{place[1]}")
+    warn_user(f"{module}.{name}", f"apthory.{place[0]}.{place[1]}")
     return getattr(import_module(f"apthory.{place[0]}"), place[1])
+
+
+def accepts_old_fields(method: type) -> type:
+    """A dataclass whose constructor also takes the old names of `FIELDS`, and the head that methods once had.
+
+    A method that wanted a frozen head remembers it as ``wants_frozen_head``, so that `training.fit` can insist on one.
+    """
+    construct = method.__init__
+
+    @functools.wraps(construct)
+    def with_old_fields(self: Any, *args: Any, **given: Any) -> None:
+        for old in given.keys() & FIELDS.keys():
+            given[renamed_field(method, old)] = given.pop(old)
+        head = given.pop("head", None)
+        construct(self, *args, **given)
+        if head is not None:
+            warn_user(f"head={head!r} of {method.__name__}", "an argument of fit, such as head=FrozenHead(fits),")
+            object.__setattr__(self, "wants_frozen_head", head == "frozen")
+
+    method.__init__ = with_old_fields
+    return method
+
+
+def renamed_field(owner: type, name: str) -> str:
+    """The new name of an old field, with a warning.
+
+    Raises:
+        AttributeError: If there never was such a field.
+    """
+    if FIELDS.get(name) not in getattr(owner, "__dataclass_fields__", {}):
+        raise AttributeError(f"{owner.__name__!r} has no attribute {name!r}")
+    warn_user(f"{name} of {owner.__name__}", FIELDS[name])
+    return FIELDS[name]
 
 
 def install() -> None:
@@ -109,7 +149,7 @@ def install() -> None:
         sys.meta_path.append(_Finder())
 
 
-def _warn(old: str, new: str) -> None:
+def warn_user(old: str, new: str) -> None:
     """Warn whoever wrote the old name: past the frames of the import machinery and of this package."""
     frame = sys._getframe()
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _MACHINERY:

@@ -71,7 +71,7 @@ def race(
             start = perf_counter()
             fits = training.fit(model, task, method, bundle, recipe=replace(how, cache=name == "cached"))
             seconds[name] = perf_counter() - start
-            accuracy[name] = training.evaluate(task, [training.choose(fits)])[0].accuracy
+            accuracy[name] = training.evaluate(training.choose(fits), task).accuracy
             cache_bytes = max(cache_bytes, fits[0].cache_bytes)
         seconds["customary"] = customary.epoch_seconds(site) * how.num_epochs * len(bundle)
         rows.append(
@@ -191,7 +191,7 @@ class _Customary:
         with torch.no_grad():
             width = self.model(self._images("train", self.split.train[:2])).shape[1]
         head = nn.Linear(width, len(self.task.classes)).to(prompt.delta.device)
-        prompted = methods.PromptedBackbone(self.model, prompt, head)
+        prompted = methods.AdaptedBackbone(self.model, prompt, head)
         optimizer = torch.optim.AdamW([*prompt.parameters(), *head.parameters()], RATES[0])
         start = perf_counter()
         for chunk in self.split.train.split(self.recipe.batch_size):

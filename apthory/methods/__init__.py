@@ -1,34 +1,32 @@
-"""Ways to adapt a frozen backbone, each as a cut and the edits after it.
+"""Ways to adapt a frozen backbone: each is a class that says where to cut and what is trained after the cut.
 
-A method says where the frozen prefix ends (its result can be cached) and which trainable edits the suffix carries.
-Edits hold their parameters for a whole bundle: the first axis counts configurations, and the batch that they are
-given stacks the configurations' examples one after the other.
+A new one is a subclass of `Method` with `edits`, and one line here: `register` makes it known by its name to saved
+files, studies, the command and the tests.
 """
 
+from typing import Any
+
+from apthory._tools import moved
 from apthory.methods.activation import ActivationPrompt, ActivationPrompting, FixedPrompt, Shape, prompt_shape
-from apthory.methods.base import Body
-from apthory.methods.edits import Affine, Shift, rms
-from apthory.methods.files import PromptedBackbone
+from apthory.methods.adapted import AdaptedBackbone
+from apthory.methods.base import Method, PreparedBackbone
+from apthory.methods.edits import Affine, Edit, Shift, Stack, rms
+from apthory.methods.fine_tuning import FineTuning
 from apthory.methods.norm import NormTuning
 from apthory.methods.pixels.methods import EVP, VP, AdaViPro
+from apthory.methods.pixels.overlay import PixelPrompt
 from apthory.methods.probe import LinearProbe
-from apthory.methods.weights import FullFineTuning
+from apthory.methods.registry import METHODS, register
+
+for _method in (ActivationPrompting, NormTuning, LinearProbe, FixedPrompt, FineTuning, VP, EVP, AdaViPro):
+    register(_method)
 
 __all__ = [
-    "ActivationPrompting", "NormTuning", "LinearProbe", "FullFineTuning", "FixedPrompt", "VP", "EVP", "AdaViPro",
-    "Method", "METHODS", "relative_rate", "Body", "Shift", "Affine", "rms",
-    "ActivationPrompt", "PromptedBackbone", "prompt_shape", "Shape",
+    "ActivationPrompting", "NormTuning", "LinearProbe", "FineTuning", "FixedPrompt", "VP", "EVP", "AdaViPro",
+    "Method", "Edit", "Stack", "METHODS", "register", "PreparedBackbone", "AdaptedBackbone",
+    "ActivationPrompt", "PixelPrompt", "prompt_shape", "Shape", "Shift", "Affine", "rms",
 ]  # fmt: skip
 
-Method = ActivationPrompting | NormTuning | LinearProbe | FixedPrompt | FullFineTuning | VP | EVP | AdaViPro
-METHODS: dict[str, type[Method]] = {
-    method.name: method
-    for method in (ActivationPrompting, NormTuning, LinearProbe, FixedPrompt, FullFineTuning, VP, EVP, AdaViPro)
-}
 
-
-def relative_rate(method: Method, parameter: str) -> float:
-    """Learning rate of one of the edits' parameters, relative to that of the head."""
-    if isinstance(method, AdaViPro) and ".masks." in parameter:
-        return method.generator_rate
-    return method.rate
+def __getattr__(name: str) -> Any:
+    return moved.renamed(__name__, name)

@@ -1,15 +1,16 @@
 """Activation prompts: one learnable perturbation, the same for all inputs, added at one site of a frozen backbone."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from apthory import sites
-from apthory.methods.base import Body
-from apthory.methods.edits import Shift
+from apthory._tools.moved import accepts_old_fields
+from apthory.methods.base import Method, PreparedBackbone
+from apthory.methods.edits import Edit, Shift
 
 Shape = Literal["full", "channel"]
 
@@ -67,45 +68,59 @@ def prompt_shape(backbone: nn.Module, site: str, shape: Shape = "full") -> tuple
     return tuple(size if index - len(unit) == axis else 1 for index, size in enumerate(unit))
 
 
+@accepts_old_fields
 @dataclass(frozen=True, kw_only=True)
-class ActivationPrompting:
-    """A prompt at one site, and a head; at ``:input`` one on the whole normalized image."""
+class ActivationPrompting(Method):
+    """A prompt at one site, trained with a head; at ``:input`` one on the whole normalized image."""
 
     name: ClassVar[str] = "ap"
+    label: ClassVar[str] = "activation prompt"
     site: str  # where the prompt is added
     shape: Shape = "full"  # one value a unit, or one a channel
-    relative: bool = True  # learn in units of the activation's root mean square
-    rate: float = 10.0  # learning rate of the prompt, relative to that of the head
-    head: Literal["trained", "frozen"] = "trained"  # frozen: at the linear probe's weights
+    in_rms_units: bool = True  # learn in units of the activation's root mean square
+    lr_scale: float = 10.0  # learning rate of the prompt, relative to that of the head
 
-    def build(self, backbone: nn.Module, num: int) -> Body:
-        edit = Shift(num, prompt_shape(backbone, self.site, self.shape), self.relative)
-        prefix, suffix = sites.split(backbone, self.site, {self.site: edit})
-        return Body(prefix, suffix, nn.ModuleDict({"prompt": edit}))
+    def edits(self, backbone: nn.Module) -> dict[str, Edit]:
+        site = self.site if ":" in self.site else f"{self.site}:output"
+        unit, own = sites.site_shape(backbone, site), prompt_shape(backbone, site, self.shape)
+        return {site: ShiftOfPrompt(site, self.shape, own, unit, self.in_rms_units, self.lr_scale)}
+
+
+class ShiftOfPrompt(Shift):
+    """A `Shift` that is exported as an `ActivationPrompt`."""
+
+    def __init__(self, site: str, kind: Shape, *args: Any) -> None:
+        super().__init__(*args)
+        self.site, self.kind = site, kind
+
+    def export(self) -> ActivationPrompt:
+        return ActivationPrompt(self.site, (self.unit * self.values).detach(), self.kind).requires_grad_(False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FixedPrompt:
+class FixedPrompt(Method):
     """A head over a backbone with a frozen prompt: the control for what a random prompt of some size does."""
 
-    name: ClassVar[str] = "random"
+    name: ClassVar[str] = "random_prompt"
+    label: ClassVar[str] = "frozen random prompt"
     site: str
     norm: float  # Euclidean norm of the prompt over all units, in the activation's units
     seed: int = 0  # direction of the prompt, uniform on the sphere
     shape: Shape = "full"
-    head: ClassVar[str] = "trained"
 
-    def build(self, backbone: nn.Module, num: int) -> Body:
+    def build(self, backbone: nn.Module, num: int) -> PreparedBackbone:
         generator = torch.Generator().manual_seed(self.seed)
         delta = torch.randn(prompt_shape(backbone, self.site, self.shape), generator=generator)
         spread = delta.expand(sites.site_shape(backbone, self.site)).norm()
         delta = (delta * (self.norm / spread)).to(next(backbone.parameters()).device)
         prompt = ActivationPrompt(self.site, delta, self.shape).requires_grad_(False)
         prefix, suffix = sites.split(backbone, self.site, {self.site: prompt})
-        return Body(_Chain(prefix, suffix, repr(self)), nn.Identity(), nn.ModuleDict())
+        return PreparedBackbone(Whole(prefix, suffix, repr(self)), nn.Identity(), held={self.site: prompt})
 
 
-class _Chain(nn.Module):
+class Whole(nn.Module):
+    """Both halves of a backbone as a prefix, which so ends at the features."""
+
     def __init__(self, prefix: nn.Module, suffix: nn.Module, code: str) -> None:
         super().__init__()
         self.prefix, self.suffix = prefix, suffix

@@ -1,60 +1,158 @@
-"""What every method builds: a cut backbone with the trainable edits of a whole bundle after the cut."""
+"""What a method is: where the frozen prefix ends, and the edits of the suffix; and what it makes of a backbone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from apthory.methods.edits import Shift
-from apthory.methods.pixels.overlay import Overlay
+from apthory import sites
+from apthory._tools.determinism import random_stream
+from apthory._tools.moved import renamed_field
+from apthory.methods.edits import Edit, Stack, WithInput
+
+
+class Method:
+    """A way to adapt a frozen backbone. Subclasses are frozen dataclasses, and most define `edits` alone.
+
+    The edit at ``module:output`` of a kind that sees the layer's input gets it; all others see the activation at
+    their place. What comes before `site` is frozen and can be cached, so no edit may lie before it.
+    """
+
+    name: ClassVar[str]  # of the method in `METHODS`, in files and in tables
+    label: ClassVar[str]  # the same in words, for figures
+    site: str  # where the frozen prefix ends
+
+    def edits(self, backbone: nn.Module) -> Mapping[str, Edit]:
+        """New edits for one configuration, by the place where they act."""
+        raise NotImplementedError(f"{type(self).__name__} has neither edits() nor build() of its own")
+
+    def build(self, backbone: nn.Module, num: int) -> "PreparedBackbone":
+        """The backbone with the edits of so many configurations."""
+        rows = [self.edits(backbone) for _ in range(num)]
+        if bare := [place for place in rows[0] if ":" not in place]:
+            raise ValueError(f"the place {bare[0]!r} of an edit has no edge; write '{bare[0]}:input' or '{bare[0]}:output'")
+        stacks = {place: edit.stack([row[place] for row in rows]) for place, edit in rows[0].items()}
+        return prepared(backbone, self.site, stacks, partial(self.edits, backbone))
+
+    def num_parameters(self, backbone: nn.Module) -> int:
+        """Trained values of one configuration, without the head."""
+        return self.build(backbone, 1).num_parameters
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self, renamed_field(type(self), name))
 
 
 @dataclass
-class Body:
+class PreparedBackbone:
     """A backbone prepared for a bundle: ``suffix(*prefix(images))`` gives features, with the bundle's edits inside."""
 
     prefix: nn.Module  # frozen; images -> tensors that cross the cut
     suffix: nn.Module  # tensors for the stacked configurations -> features
-    edits: nn.ModuleDict  # the trainable parts, by name; their parameters are stacked by configuration
+    stacks: Mapping[str, Stack] = field(default_factory=dict)  # what is trained, by place
+    new_edits: Callable[[], Mapping[str, Edit]] | None = None  # of one configuration, as their constructor draws them
+    held: Mapping[str, nn.Module] = field(default_factory=dict)  # edits inside the prefix, by place; they stay as they are
+    reads_prefix: bool = False  # whether what crosses the cut is the feature itself
     generators: list[torch.Generator] = field(default_factory=list)  # what is random is drawn from, one each
-
-    @property
-    def overlays(self) -> list[Overlay]:
-        """Edits that draw at random in training, have a schedule of their own, or both."""
-        return [edit for edit in self.edits.values() if isinstance(edit, Overlay)]
 
     def start(self, seeds: Sequence[int]) -> None:
         """Draw what edits begin with, each configuration by its own seed, and keep its generator for later draws."""
+        if self.new_edits is not None and not all(stack.constructed_alike for stack in self.stacks.values()):
+            for k, seed in enumerate(seeds):
+                with random_stream(seed, 0):
+                    for place, edit in self.new_edits().items():
+                        self.stacks[place].put(k, edit)
         self.generators = [torch.Generator().manual_seed(7_000_003 * (seed + 1)) for seed in seeds]
-        for overlay in self.overlays:
-            overlay.start(self.generators)
+        for stack in self.stacks.values():
+            stack.start(self.generators)
 
     def begin_epoch(self, epoch: int, num_epochs: int) -> None:
         """Move schedules by epoch on; epochs count from 0."""
-        for overlay in self.overlays:
-            overlay.begin_epoch(epoch, num_epochs)
+        for stack in self.stacks.values():
+            stack.begin_epoch(epoch, num_epochs)
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
         """While this lasts (a training step), edits that draw at random do; otherwise nothing is random."""
-        for overlay in self.overlays:
-            overlay.generators = self.generators
+        for stack in self.stacks.values():
+            stack.generators = self.generators
         try:
             yield
         finally:
-            for overlay in self.overlays:
-                overlay.generators = ()
+            for stack in self.stacks.values():
+                stack.generators = ()
 
     @contextmanager
     def calibrating(self) -> Iterator[None]:
-        """While this lasts, prompts note how large the activations are that they see."""
-        shifts = [edit for edit in self.edits.values() if isinstance(edit, Shift | Overlay)]
-        for shift in shifts:
-            shift.is_calibrating = True
+        """While this lasts, edits take note of the activations that they see."""
+        for stack in self.stacks.values():
+            stack.is_calibrating = True
         try:
             yield
         finally:
-            for shift in shifts:
-                shift.is_calibrating = False
+            for stack in self.stacks.values():
+                stack.is_calibrating = False
+
+    def state(self, configuration: int) -> dict[str, Tensor]:
+        """A copy of the trained values of one configuration, and of what was calibrated; named ``place.name``."""
+        return {
+            f"{place}.{name}": value
+            for place, stack in self.stacks.items()
+            for name, value in stack.state(configuration).items()
+        }
+
+    def load(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Take over the states of as many configurations as there are; names of other things are left out."""
+        parts = [by_place(state) for state in states]
+        for place, stack in self.stacks.items():
+            stack.load([part.get(place, {}) for part in parts])
+
+    def prompt_norm(self, activations: Callable[[], Sequence[Tensor]]) -> tuple[float, float]:
+        """Norm of the first configuration's prompt and mean norm of what it is added to; 0 and 1 without a prompt."""
+        norms = (stack.prompt_norm(0, activations) for stack in self.stacks.values())
+        return next((pair for pair in norms if pair is not None), (0.0, 1.0))
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained values of one configuration, without the head."""
+        return sum(stack.num_parameters for stack in self.stacks.values())
+
+
+def by_place(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """A state's values by place and name: ``blocks.2:input.values`` is ``values`` at ``blocks.2:input``."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        module, colon, rest = key.partition(":")
+        edge, _, name = rest.partition(".")
+        parts.setdefault(f"{module}{colon}{edge}", {})[name] = value
+    return parts
+
+
+def prepared(
+    backbone: nn.Module,
+    site: str,
+    stacks: Mapping[str, Stack],
+    new_edits: Callable[[], Mapping[str, Edit]] | None = None,
+) -> PreparedBackbone:
+    """A backbone cut at a site, with stacks of edits after it."""
+    for place, stack in stacks.items():
+        stack.place = place
+    prefix, suffix = sites.split(backbone, site, **placed(backbone, stacks))
+    return PreparedBackbone(prefix, suffix, stacks, new_edits)
+
+
+def placed(backbone: nn.Module, edits: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Edits by place as arguments of `sites.split` and `sites.edited`: what sees a layer's input takes its place."""
+    arguments: dict[str, Any] = {"edits": {}, "replace": {}}
+    for place, edit in edits.items():
+        if not getattr(edit, "sees_input", False):
+            arguments["edits"][place] = edit
+            continue
+        layer, _, edge = place.rpartition(":")
+        if edge != "output" or not layer:
+            raise ValueError(f"an edit that sees its layer's input acts on an output; {place!r} is none: give MODULE:output")
+        arguments["replace"][layer] = WithInput(backbone.get_submodule(layer), edit)
+    return {name: value for name, value in arguments.items() if value or name == "edits"}

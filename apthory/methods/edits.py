@@ -1,77 +1,395 @@
-"""Edits of activations for a whole bundle: shifts, and the scale and shift of normalization layers."""
+"""Edits: what a method trains at one place of a frozen backbone, and the stack that trains many of them together.
+
+Whoever writes an `Edit` writes one plain module, as if there were one configuration. A `Stack` holds the edits of a
+whole bundle: each of its tensors has one more axis in front, which counts configurations, and the batch that it is
+given holds the configurations' examples one after the other. The training loop knows the stack and nothing else.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
 
 
-class Shift(nn.Module):
-    """Adds ``unit * values``: activation prompts for a bundle of configurations.
+class Trained(NamedTuple):
+    """A parameter that the training loop updates."""
 
-    Args:
-        num: Configurations in the bundle.
-        shape: Shape of one prompt.
-        relative: Measure the prompt in units of the activation's root mean square, so that one learning rate
-            means the same at every site; otherwise the unit is one.
+    parameter: nn.Parameter
+    lr_scale: float  # its learning rate, relative to that of the head
+    configuration: int | None  # whose it is; None where the first axis counts configurations
+
+
+class Edit(nn.Module):
+    """A trainable change of one activation, for one configuration.
+
+    A subclass defines `forward(z)`, which may change everything but the batch axis of ``z``; the rest has defaults.
+    Its parameters are trained; a tensor that stays as it is belongs in a buffer. Numbers drawn in the constructor come
+    from the configuration's own seed, and so does `start`.
     """
 
-    def __init__(self, num: int, shape: tuple[int, ...], relative: bool = True) -> None:
+    lr_scale: float = 1.0  # learning rate of the parameters, relative to that of the head
+    sees_input: ClassVar[bool] = False  # at ``module:output``: `forward(z, x)` is given the module's input as well
+    updates_itself: ClassVar[bool] = False  # whether its stack's `descend` takes the optimizer's place
+    stack: ClassVar[type["Stack"]]  # what runs a bundle of these edits; `Stack` unless there is a faster one
+
+    def start(self, generator: torch.Generator) -> None:
+        """Draw initial values that the constructor did not draw."""
+
+    def calibrate(self, z: Float[Tensor, "batch *unit"]) -> None:
+        """See activations of training images, before anything is trained; buffers may be set."""
+
+    def begin_epoch(self, epoch: int, num_epochs: int) -> None:
+        """Move schedules on; epochs count from 0."""
+
+    def draw(self, z: Float[Tensor, "batch *unit"], generator: torch.Generator) -> Tensor | None:
+        """What is random in a training step; `forward` gets it as its argument ``noise``, which is else left out."""
+        return None
+
+    def lr_scale_of(self, parameter: str) -> float:
+        """Learning rate of the parameter of this name, relative to that of the head."""
+        return self.lr_scale
+
+    def export(self) -> nn.Module:
+        """The trained edit as a module without state of the training."""
+        return copy.deepcopy(self).requires_grad_(False)
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Parameters of the backbone, by name, that do the same as the edit; empty where none can."""
+        return {}
+
+    def prompt_norm(self, activations: Callable[[], Sequence[Tensor]]) -> tuple[float, float] | None:
+        """Norm of what a prompt adds and mean norm of what it is added to; None where the edit is no prompt.
+
+        Args:
+            activations: Gives what crosses the cut for some training images.
+        """
+        return None
+
+
+class Stack(nn.Module):
+    """The edits of a bundle as one module, run by `torch.vmap`: the frozen layers around it keep one large batch.
+
+    Args:
+        edits: One for each configuration, all of one kind and one shape.
+    """
+
+    constructed_alike: ClassVar[bool] = False  # whether no constructor draws, so that all edits are made with the same values
+
+    def __init__(self, edits: Sequence[Edit]) -> None:
         super().__init__()
-        self.relative = relative
+        self.num = len(edits)
+        self.place = ""  # where in the backbone the edits act
+        self.generators: Sequence[torch.Generator] = ()  # one each, while random draws are wanted
         self.is_calibrating = False
-        self.unit_shape: tuple[int, ...] = shape  # of the activation, once it was seen
+        self.__dict__["template"] = edits[0]  # past torch's registration: the stacked tensors are what is trained
+        self.stacked = nn.Module()  # has the edits' tensors, under their names
+        _register_stacked(self.stacked, edits)
+
+    @property
+    def updates_itself(self) -> bool:
+        """Whether `descend` takes the place of the recipe's optimizer."""
+        return self.template.updates_itself
+
+    @property
+    def sees_input(self) -> bool:
+        """Whether `forward` is given what the edited module was given."""
+        return self.template.sees_input
+
+    def forward(
+        self, z: Float[Tensor, "stack *unit"], *inputs: Float[Tensor, "stack *given"]
+    ) -> Float[Tensor, "stack *edited"]:
+        given = [tensor.unflatten(0, (self.num, -1)) for tensor in (z, *inputs)]
+        if self.is_calibrating:
+            self._calibrate(given[0])
+        noise = self._draw(given[0])
+        tensors = _tensors(self.stacked)
+
+        def alone(tensors: dict[str, Tensor], given: list[Tensor], noise: dict[str, Tensor]) -> Tensor:
+            return functional_call(self.template, tensors, tuple(given), noise)
+
+        return torch.vmap(alone)(tensors, given, noise).flatten(0, 1)
+
+    # ---------------------------------------------------------------------------------- before and between steps
+
+    @torch.no_grad()
+    def put(self, configuration: int, edit: Edit) -> None:
+        """Take over the values of an edit for one configuration."""
+        stacked = _tensors(self.stacked)
+        for name, value in _tensors(edit).items():
+            stacked[name][configuration].copy_(value)
+
+    def edit(self, configuration: int) -> Edit:
+        """The edit of one configuration, as a module of its own."""
+        edit = copy.deepcopy(self.template).to(self._device())
+        _fill(edit, self.stacked, configuration)
+        return edit
+
+    def start(self, generators: Sequence[torch.Generator]) -> None:
+        """Draw what the edits begin with, each configuration from its own generator."""
+        self._each(lambda edit, k: edit.start(generators[k]))
+
+    def begin_epoch(self, epoch: int, num_epochs: int) -> None:
+        """Move schedules on; epochs count from 0."""
+        self._each(lambda edit, k: edit.begin_epoch(epoch, num_epochs))
+
+    # ---------------------------------------------------------------------------------- training
+
+    def trained(self) -> Iterator[Trained]:
+        """The parameters to be trained."""
+        for name, parameter in self.stacked.named_parameters():
+            if parameter.requires_grad:
+                yield Trained(parameter, self.template.lr_scale_of(name), None)
+
+    def descend(self, rates: Float[Tensor, " num"]) -> None:
+        """One step of an edit that updates itself, with a learning rate for each configuration."""
+        raise NotImplementedError(f"{type(self.template).__name__} says that it updates itself; its stack must say how")
+
+    # ---------------------------------------------------------------------------------- what is kept of it
+
+    def state(self, configuration: int) -> dict[str, Tensor]:
+        """A copy of the values of one configuration."""
+        return {name: value[configuration].detach().clone().cpu() for name, value in self.stacked.state_dict().items()}
+
+    def load(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Take over the states of as many configurations as there are."""
+        names = self.stacked.state_dict()
+        self.stacked.load_state_dict({name: torch.stack([state[name] for state in states]) for name in names})
+
+    def export(self, configuration: int) -> nn.Module:
+        """`Edit.export` of one configuration."""
+        return self.edit(configuration).export()
+
+    def weights(self, configuration: int) -> Mapping[str, Tensor]:
+        """`Edit.weights` of one configuration."""
+        return self.edit(configuration).weights()
+
+    def prompt_norm(
+        self, configuration: int, activations: Callable[[], Sequence[Tensor]]
+    ) -> tuple[float, float] | None:
+        """`Edit.prompt_norm` of one configuration."""
+        return self.edit(configuration).prompt_norm(activations)
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained values of one configuration."""
+        return sum(trained.parameter.numel() // self.num for trained in self.trained())
+
+    # ---------------------------------------------------------------------------------- helpers
+
+    def _calibrate(self, z: Float[Tensor, "num batch *unit"]) -> None:
+        self._each(lambda edit, k: edit.calibrate(z[k].detach()))
+
+    def _draw(self, z: Float[Tensor, "num batch *unit"]) -> dict[str, Tensor]:
+        draws = [self.template.draw(z[k].detach(), generator) for k, generator in enumerate(self.generators)]
+        if not draws or draws[0] is None:
+            return {}
+        return {"noise": torch.stack(draws).to(z.device)}
+
+    @torch.no_grad()
+    def _each(self, call: Callable[[Edit, int], None]) -> None:
+        """Let each configuration's edit do something to itself; plain attributes come to lie in the template."""
+        for k in reversed(range(self.num)):
+            edit = copy.deepcopy(self.template) if k else self.template
+            _fill(edit.to(self._device()), self.stacked, k)
+            call(edit, k)
+            self.put(k, edit)
+
+    def _device(self) -> torch.device:
+        return next((tensor.device for tensor in _tensors(self.stacked).values()), torch.device("cpu"))
+
+
+Edit.stack = Stack
+
+
+class Shift(Edit):
+    """``z + unit * values``: an activation prompt in training.
+
+    Args:
+        shape: Of the prompt.
+        unit_shape: Of the activation, without the batch.
+        in_rms_units: Measure the prompt in units of the activation's root mean square, so that one learning rate
+            means the same at every site; otherwise the unit is one.
+        lr_scale: As in `Edit`.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        unit_shape: tuple[int, ...] | None = None,
+        in_rms_units: bool = True,
+        lr_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.unit_shape, self.in_rms_units, self.lr_scale = unit_shape or shape, in_rms_units, lr_scale
         self.unit: Tensor
         self.activation_norm: Tensor
-        self.values = nn.Parameter(torch.zeros(num, *shape))
-        self.register_buffer("unit", torch.ones(num, *(1 for _ in shape)))
-        self.register_buffer("activation_norm", torch.ones(num))  # mean Euclidean norm of the activations
+        self.values = nn.Parameter(torch.zeros(shape))
+        self.register_buffer("unit", torch.ones([1] * len(shape)))
+        self.register_buffer("activation_norm", torch.ones(()))  # mean Euclidean norm of the activations
+
+    def forward(self, z: Float[Tensor, "batch *unit"]) -> Float[Tensor, "batch *unit"]:
+        return z + (self.unit * self.values).to(z.dtype)
+
+    def calibrate(self, z: Float[Tensor, "batch *unit"]) -> None:
+        self.activation_norm.copy_(z.float().flatten(1).norm(dim=1).mean())
+        if self.in_rms_units:
+            self.unit.fill_(float(rms(z.unsqueeze(0))))
+
+    def prompt_norm(self, activations: Callable[[], Sequence[Tensor]]) -> tuple[float, float]:
+        delta = (self.unit * self.values).detach()
+        return float(delta.expand(self.unit_shape).norm()), float(self.activation_norm)
+
+
+class ShiftStack(Stack):
+    """Prompts of a bundle, added by one operation."""
+
+    constructed_alike = True
 
     def forward(self, z: Float[Tensor, "stack *unit"]) -> Float[Tensor, "stack *unit"]:
-        by_configuration = z.unflatten(0, (len(self.values), -1))
+        by_configuration = z.unflatten(0, (self.num, -1))
         if self.is_calibrating:
             self._calibrate(by_configuration)
-        delta = (self.unit * self.values).to(z.dtype).unsqueeze(1)
+        delta = (self.stacked.unit * self.stacked.values).to(z.dtype).unsqueeze(1)
         return (by_configuration + delta).flatten(0, 1)
 
     @torch.no_grad()
     def _calibrate(self, z: Float[Tensor, "num batch *unit"]) -> None:
-        self.unit_shape = tuple(z.shape[2:])
-        self.activation_norm.copy_(z.float().flatten(2).norm(dim=2).mean(1))
-        if self.relative:
-            self.unit.copy_(rms(z).view(self.unit.shape))
+        self.stacked.activation_norm.copy_(z.float().flatten(2).norm(dim=2).mean(1))
+        check_scale(self.stacked.activation_norm, self.place)
+        if self.template.in_rms_units:
+            self.stacked.unit.copy_(rms(z).view(self.stacked.unit.shape))
 
 
-class Affine(nn.Module):
+Shift.stack = ShiftStack
+
+
+class Affine(Edit):
     """``(1 + scale) * y + unit * shift`` after a normalization layer: tuning of its gamma and beta.
 
     With gamma' = gamma (1 + scale) and beta' = beta (1 + scale) + unit * shift this reaches every gamma' and beta'
     as long as gamma has no zeros. Gamma alone scales y - beta, which leaves beta as it is. The unit is the root mean
     square that gamma and beta give to a normalized input.
+
+    Args:
+        norm: The layer.
+        shape: Of one value for each channel, as it is added to the layer's output.
+        parameters: ``"gamma"``, ``"beta"`` or ``"both"``.
+        name: Of the layer in the backbone.
+        lr_scale: As in `Edit`.
     """
 
-    def __init__(self, num: int, norm: nn.Module, shape: tuple[int, ...], parameters: str) -> None:
+    def __init__(
+        self, norm: nn.Module, shape: tuple[int, ...], parameters: str, name: str = "", lr_scale: float = 1.0
+    ) -> None:
         super().__init__()
-        weight, bias = (getattr(norm, name, None) for name in ("weight", "bias"))
+        weight, bias = (getattr(norm, tensor, None) for tensor in ("weight", "bias"))
         if weight is None:
             raise ValueError(f"{norm} has no gamma and beta to tune; choose a site next to an affine norm layer")
+        self.lr_scale, self.layer, self.norm = lr_scale, name, (weight, bias)  # a pair: not registered
         square = weight.square() + (0 if bias is None else bias.square())
-        self.num, self.unit = num, float(square.mean().sqrt())
+        self.unit = float(square.mean().sqrt())
         keeps_beta = parameters == "gamma" and bias is not None
         self.register_buffer("beta", bias.detach().view(shape) if keeps_beta else None, persistent=False)
-        self.scale = nn.Parameter(torch.zeros(num, *shape)) if parameters in ("gamma", "both") else None
-        self.shift = nn.Parameter(torch.zeros(num, *shape)) if parameters in ("beta", "both") else None
+        self.scale = nn.Parameter(torch.zeros(shape)) if parameters in ("gamma", "both") else None
+        self.shift = nn.Parameter(torch.zeros(shape)) if parameters in ("beta", "both") else None
+
+    def forward(self, y: Float[Tensor, "batch *unit"]) -> Float[Tensor, "batch *unit"]:
+        z = y
+        if self.scale is not None:
+            z = z * (1 + self.scale).to(y.dtype)
+        if self.beta is not None:
+            z = z - (self.scale * self.beta).to(y.dtype)
+        if self.shift is not None:
+            z = z + (self.unit * self.shift).to(y.dtype)
+        return z
+
+    def weights(self) -> Mapping[str, Tensor]:
+        weight, bias = self.norm
+        if self.shift is not None and bias is None:
+            return {}  # the layer has no place for a shift
+        gain = torch.ones_like(weight) if self.scale is None else (1 + self.scale.detach()).view_as(weight)
+        tuned = {f"{self.layer}.weight": weight * gain}
+        if bias is not None:
+            kept = bias if self.beta is not None else bias * gain
+            shift = 0 if self.shift is None else self.unit * self.shift.detach().view_as(bias)
+            tuned[f"{self.layer}.bias"] = kept + shift
+        return tuned
+
+
+class AffineStack(Stack):
+    """Gammas and betas of a bundle, applied by as few operations as those of one."""
+
+    constructed_alike = True
 
     def forward(self, y: Float[Tensor, "stack *unit"]) -> Float[Tensor, "stack *unit"]:
-        z = y.unflatten(0, (self.num, -1))
-        if self.scale is not None:
-            z = z * (1 + self.scale).to(y.dtype).unsqueeze(1)
-        if self.beta is not None:
-            z = z - (self.scale * self.beta).to(y.dtype).unsqueeze(1)
-        if self.shift is not None:
-            z = z + (self.unit * self.shift).to(y.dtype).unsqueeze(1)
+        z, tuned = y.unflatten(0, (self.num, -1)), self.stacked
+        if tuned.scale is not None:
+            z = z * (1 + tuned.scale).to(y.dtype).unsqueeze(1)
+        if tuned.beta is not None:
+            z = z - (tuned.scale * tuned.beta).to(y.dtype).unsqueeze(1)
+        if tuned.shift is not None:
+            z = z + (self.template.unit * tuned.shift).to(y.dtype).unsqueeze(1)
         return z.flatten(0, 1)
+
+
+Affine.stack = AffineStack
+
+
+class WithInput(nn.Module):
+    """A layer with an edit of its output that sees the layer's input: what stands in the layer's place.
+
+    Args:
+        layer: Called with one tensor first; further arguments are passed on.
+        edit: An edit, or a stack of them, with `Edit.sees_input`.
+    """
+
+    def __init__(self, layer: nn.Module, edit: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.edit = layer, edit
+
+    def forward(self, x: Tensor, *args: Tensor) -> Tensor:
+        return self.edit(self.layer(x, *args), x)
 
 
 def rms(x: Float[Tensor, "num *rest"]) -> Float[Tensor, " num"]:
     """Root mean square of each entry of a stack; never zero."""
     return x.float().square().flatten(1).mean(1).sqrt().clamp_min(1e-12)
+
+
+def check_scale(activation_norm: Float[Tensor, " num"], place: str) -> None:
+    """Raise ValueError where activations are zero: a prompt in their units would be nothing."""
+    if not activation_norm.all():
+        raise ValueError(f"the activation at {place!r} is zero, so a prompt has no scale; take another site")
+
+
+def _register_stacked(module: nn.Module, parts: Sequence[nn.Module]) -> None:
+    """Give a module the tensors of several alike ones, stacked, under the same names."""
+    first = parts[0]
+    for name, parameter in first._parameters.items():
+        stacked = None
+        if parameter is not None:
+            values = torch.stack([getattr(part, name).detach() for part in parts])
+            stacked = nn.Parameter(values, requires_grad=parameter.requires_grad)
+        module.register_parameter(name, stacked)
+    for name, buffer in first._buffers.items():
+        values = None if buffer is None else torch.stack([getattr(part, name) for part in parts])
+        module.register_buffer(name, values, persistent=name not in first._non_persistent_buffers_set)
+    for name, _ in first.named_children():
+        child = nn.Module()
+        _register_stacked(child, [getattr(part, name) for part in parts])
+        module.add_module(name, child)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+@torch.no_grad()
+def _fill(edit: Edit, stacked: nn.Module, configuration: int) -> None:
+    values = _tensors(stacked)
+    for name, tensor in _tensors(edit).items():
+        tensor.copy_(values[name][configuration])

@@ -1,10 +1,17 @@
-"""Prompts with their heads in one file, without the backbone."""
+"""What a method trained, with its head, in one file: safetensors, the rest in its metadata; never the backbone.
 
+The file says all that is needed to use it: method, sites, class names, image size and normalization, which backbone with
+which weights, and a digest of its own tensors. `load` checks each of these. Files of version 0.1.0 still load.
+"""
+
+import hashlib
 import json
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
-from jaxtyping import Float
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
@@ -12,99 +19,222 @@ from torch import Tensor, nn
 from apthory import backbones, sites
 from apthory._tools.files import write_atomically
 from apthory.heads import CosineHead
+from apthory.methods import registry
 from apthory.methods.activation import ActivationPrompt, prompt_shape
-from apthory.methods.pixels.overlay import PixelPrompt
+from apthory.methods.adapted import AdaptedBackbone, Prompt, Source, adapt
+from apthory.methods.pixels.overlay import Overlay, PixelPrompt
 
-_FORMAT = "apthory.prompt/1"
-_PIXELS_FORMAT = "apthory.pixels/1"
+_FORMAT = "apthory.adapted/2"
+_OLD_FORMATS = ("apthory.prompt/1", "apthory.pixels/1")  # of version 0.1.0
+_FIELDS = {  # of the metadata, with their kinds
+    "format": str,
+    "method": str,
+    "options": dict,
+    "head": str,
+    "classes": list,
+    "image_size": int,
+    "mean": list,
+    "std": list,
+    "transform": str,
+    "backbone": str,
+    "digest": str,
+    "tensors": str,
+}
+_HEADS = {"": (), "linear": ("weight", "bias"), "cosine": ("weight", "scale")}  # kinds, with the names of their tensors
 
 
-class PromptedBackbone(nn.Module):
-    """A frozen backbone with a prompt, and a head when there is one; maps normalized images to logits."""
+def save_model(path: str | Path, model: AdaptedBackbone) -> Path:
+    """Write what was trained and the head.
 
-    def __init__(
-        self, backbone: nn.Module, prompt: ActivationPrompt | PixelPrompt, head: nn.Module | None = None
-    ) -> None:
-        super().__init__()
-        self.backbone, self.prompt, self.head = backbone, prompt, head
-
-    def forward(self, x: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch class"]:
-        with sites.edited(self.backbone, {self.prompt.site: self.prompt}):
-            features = self.backbone(x)
-        return features if self.head is None else self.head(features)
-
-
-def save(
-    path: str | Path,
-    prompt: ActivationPrompt | PixelPrompt,
-    backbone: nn.Module,
-    head: nn.Module | None = None,
-) -> Path:
-    """Write a prompt, and its head, as safetensors with the configuration in the metadata; never the backbone.
-
-    Args:
-        head: A linear or a cosine head, as `training.Fit` has them.
+    Raises:
+        ValueError: If the head is of another kind than linear or cosine, or a value is not finite.
+        OSError: If the file cannot be written.
     """
-    if not isinstance(head, nn.Linear | CosineHead | None):
-        raise ValueError(f"a head of the kind {type(head).__name__} cannot be saved; take nn.Linear or CosineHead")
+    source, backbone = model.source, model.backbone
+    _check_source(path, source, model)
+    tensors = {f"edits.{name}": value for name, value in source.state.items()}
+    kind = ""
+    if model.head is not None:
+        kind = {nn.Linear: "linear", CosineHead: "cosine"}.get(type(model.head), "other")
+        if kind == "other":
+            raise ValueError(
+                f"a head of the kind {type(model.head).__name__} cannot be saved; take nn.Linear or CosineHead"
+            )
+        tensors |= {f"head.{name}": value.detach() for name, value in model.head.named_parameters()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    if bad := [name for name, value in tensors.items() if not value.isfinite().all()]:
+        raise ValueError(f"{bad[0]} has values that are not finite, so {path} was not written; train with lower rates")
+    mean, std = (value.flatten().tolist() for value in backbones.mean_std(backbone))
+    config = {
+        "format": _FORMAT,
+        "method": source.method.name,
+        "options": {field.name: getattr(source.method, field.name) for field in fields(source.method)},
+        "head": kind,
+        "classes": list(model.classes),
+        "image_size": backbones.input_size(backbone),
+        "mean": mean,
+        "std": std,
+        "transform": model.transform,
+        "backbone": backbones.architecture(backbone),
+        "digest": backbones.digest(backbone),
+        "tensors": _digest(tensors),
+    }
     path = Path(path)
-    config: dict[str, object]
-    if isinstance(prompt, PixelPrompt):
-        tensors = {f"prompt.{name}": value for name, value in prompt.overlay.state_dict().items()}
-        config = {"format": _PIXELS_FORMAT, "layout": asdict(prompt.layout)}
-    else:
-        tensors = {"prompt": prompt.delta.detach()}
-        config = {"format": _FORMAT, "site": prompt.site, "shape": prompt.shape}
-    if head is not None:
-        tensors |= {f"head.{name}": value.detach() for name, value in head.named_parameters()}
-    config |= {"backbone": backbones.architecture(backbone), "digest": backbones.digest(backbone)}
-    tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
     write_atomically(path, serialize(tensors, {"apthory": json.dumps(config)}))
     return path
 
 
-def load(path: str | Path, backbone: nn.Module) -> PromptedBackbone:
-    """Read a prompt back onto the backbone for which it was trained.
+def save(path: str | Path, prompt: Prompt, backbone: nn.Module, head: nn.Module | None = None) -> Path:
+    """Write a prompt that was made by hand, and its head; `training.Fit.save` writes what was trained."""
+    return save_model(path, AdaptedBackbone(backbone, prompt, head))
+
+
+def load(path: str | Path, backbone: nn.Module) -> AdaptedBackbone:
+    """Read what was trained back onto the backbone for which it was trained.
 
     Raises:
-        ValueError: If the file is not a prompt, or belongs to another backbone, site or shape.
+        ValueError: If the file is not of this kind, is damaged, or belongs to another backbone, site or image size.
+        OSError: If there is no such file.
     """
-    with _opened(path) as file:
-        config = json.loads((file.metadata() or {}).get("apthory", "{}"))
-        if config.get("format") not in (_FORMAT, _PIXELS_FORMAT):
-            raise ValueError(f"{path} is not a prompt saved by apthory (format {config.get('format')!r})")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    config, tensors = _read(path)
     own = backbones.architecture(backbone)
     if config["backbone"] != own:
         raise ValueError(f"{path} was trained for the backbone {config['backbone']!r}, not {own!r}; load that one")
     if config["digest"] != backbones.digest(backbone):
         raise ValueError(f"{path} was trained for other weights of {own!r}; load the backbone with those weights")
-    prompt: ActivationPrompt | PixelPrompt
-    if config["format"] == _PIXELS_FORMAT:
-        prompt = PixelPrompt.restore(config["layout"], _part(tensors, "prompt."))
+    if config["format"] in _OLD_FORMATS:
+        return _load_old(path, config, tensors, backbone)
+    _check_images(path, config, backbone)
+    head = _head(path, config["head"], _part(tensors, "head."), len(config["classes"]))
+    state = _part(tensors, "edits.")
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in config["options"].items()}
+    try:
+        method = registry.find(config["method"])(**options)
+        model = adapt(backbone, method, state, head, classes=config["classes"], transform=config["transform"])
+    except (TypeError, KeyError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} does not fit {own!r} ({reason}); it may be damaged: save it anew") from error
+    return model
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """What a file says of itself: its metadata, without the backbone."""
+    return _read(path)[0]
+
+
+def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Metadata and tensors, checked as far as that goes without the backbone."""
+    way_out = "Fit.save writes them"
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get("apthory", "{}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a prompt saved by apthory ({error}); {way_out}") from error
+    try:
+        config = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not a prompt saved by apthory (its metadata are no JSON: {error}); {way_out}") from error
+    version = config.get("format") if isinstance(config, dict) else None
+    if version not in (_FORMAT, *_OLD_FORMATS):
+        newer = "; a newer version of apthory may read it" if str(version).startswith("apthory.") else ""
+        raise ValueError(f"{path} is not a prompt saved by apthory (format {version!r}){newer}; {way_out}")
+    old = {"backbone": str, "digest": str} | (
+        {"layout": dict} if version == "apthory.pixels/1" else {"site": str, "shape": str}
+    )
+    for name, kind in (_FIELDS if version == _FORMAT else old).items():
+        if not isinstance(config.get(name), kind):
+            raise ValueError(f"{path} is damaged: its {name} is {config.get(name)!r}, and should be a {kind.__name__}")
+    if version == _FORMAT and config["tensors"] != _digest(tensors):
+        raise ValueError(f"{path} is damaged: its tensors are not those that were saved; save it anew, or copy it again")
+    if bad := [name for name, value in tensors.items() if not value.isfinite().all()]:
+        raise ValueError(f"{path} is damaged: {bad[0]} has values that are not finite; save it anew")
+    return config, tensors
+
+
+def _load_old(
+    path: str | Path, config: Mapping[str, Any], tensors: dict[str, Tensor], backbone: nn.Module
+) -> AdaptedBackbone:
+    kind = "cosine" if "head.scale" in tensors else "linear" if "head.weight" in tensors else ""
+    stray = [name for name in tensors if name != "prompt" and not name.startswith(("prompt.", "head."))]
+    own_head = _part(tensors, "head.")
+    if stray or (own_head and not kind):
+        raise ValueError(f"{path} is damaged: it has the tensor {(stray or list(own_head))[0]!r}, which no prompt has")
+    head = _head(path, kind, own_head, 0)
+    prompt: Prompt
+    if "layout" in config:
+        prompt = _old_pixels(path, config["layout"], _part(tensors, "prompt."))
     else:
         site = sites.resolve(backbone, config["site"])
         expected = prompt_shape(backbone, site, config["shape"])
-        if tuple(tensors["prompt"].shape) != expected:
-            found = tuple(tensors["prompt"].shape)
-            raise ValueError(f"{path} holds a prompt of shape {found}; {site!r} of this backbone takes {expected}")
+        shape = tuple(tensors["prompt"].shape) if "prompt" in tensors else None
+        if shape != expected:
+            raise ValueError(f"{path} holds a prompt of shape {shape}; {site!r} of this backbone takes {expected}")
         prompt = ActivationPrompt(site, tensors["prompt"], config["shape"])
-    head: nn.Linear | CosineHead | None = None
-    if "head.weight" in tensors:
-        num_classes, width = tensors["head.weight"].shape
-        is_linear = "head.scale" not in tensors
-        head = nn.Linear(width, num_classes) if is_linear else CosineHead(tensors["head.weight"], 1.0)
-        head.load_state_dict(_part(tensors, "head."))
     device = next(backbone.parameters()).device
-    return PromptedBackbone(backbone, prompt, head).to(device).requires_grad_(False).eval()
+    return AdaptedBackbone(backbone, prompt, head).to(device).requires_grad_(False).eval()
 
 
-def _part(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
-    return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
-
-
-def _opened(path: str | Path) -> safe_open:
+def _old_pixels(path: str | Path, layout: Mapping[str, Any], state: dict[str, Tensor]) -> PixelPrompt:
     try:
-        return safe_open(path, "pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a prompt saved by apthory ({error}); Fit.save writes them") from error
+        return PixelPrompt.restore(layout, state)
+    except (TypeError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+
+
+def _head(path: str | Path, kind: str, tensors: Mapping[str, Tensor], num_classes: int) -> nn.Module | None:
+    if kind not in _HEADS or set(tensors) != set(_HEADS[kind]):
+        raise ValueError(
+            f"{path} is damaged: a head of the kind {kind!r} has the tensors {list(_HEADS.get(kind, ()))}, and there are "
+            f"{sorted(tensors)}; save it anew"
+        )
+    if not kind:
+        return None
+    if tensors["weight"].ndim != 2 or (num_classes and len(tensors["weight"]) != num_classes):
+        raise ValueError(
+            f"{path} is damaged: it names {num_classes} classes, and its head has weights of shape "
+            f"{tuple(tensors['weight'].shape)}; save it anew"
+        )
+    count, width = tensors["weight"].shape
+    head = nn.Linear(width, count) if kind == "linear" else CosineHead(tensors["weight"], 1.0)
+    head.load_state_dict(dict(tensors))
+    return head
+
+
+def _check_images(path: str | Path, config: Mapping[str, Any], backbone: nn.Module) -> None:
+    mean, std = (value.flatten().tolist() for value in backbones.mean_std(backbone))
+    own = {"image_size": backbones.input_size(backbone), "mean": mean, "std": std}
+    for name, value in own.items():
+        if config[name] != value:
+            raise ValueError(
+                f"{path} was trained with {name} {config[name]}, and this backbone has {value}; load the backbone with "
+                "the same input_size, mean and std"
+            )
+
+
+def _check_source(path: str | Path, source: Source, model: AdaptedBackbone) -> None:
+    """Refuse what `load` could not make again: methods that are not registered, pixel prompts of no method."""
+    if registry.METHODS.get(source.method.name) is not type(source.method):
+        raise ValueError(
+            f"the method {type(source.method).__name__} is not registered, so {path} could not be loaded; call "
+            "methods.register(...) on it first"
+        )
+    if len(model.edits) == 1 and isinstance(model.edits[0], PixelPrompt):
+        [overlay] = source.method.build(model.backbone, 1).stacks.values()
+        assert isinstance(overlay, Overlay)
+        if asdict(overlay.layout) != asdict(model.edits[0].layout):
+            raise ValueError(f"no method makes a prompt of the layout {model.edits[0].layout}; {path} was not written")
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and values."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name]
+        total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def _part(tensors: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
+    return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}

@@ -6,29 +6,30 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from apthory import sites
-from apthory.methods.base import Body
+from apthory.methods.base import Method, PreparedBackbone
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearProbe:
+class LinearProbe(Method):
     """A head alone: on the final features, or on a site's own activations averaged over positions."""
 
-    name: ClassVar[str] = "linear"
+    name: ClassVar[str] = "linear_probe"
+    label: ClassVar[str] = "linear probe"
     site: str = ":output"  # where the features are read
-    head: ClassVar[str] = "trained"
 
-    def build(self, backbone: nn.Module, num: int) -> Body:
+    def build(self, backbone: nn.Module, num: int) -> PreparedBackbone:
         prefix, suffix = sites.split(backbone, self.site)
-        if self.site != ":output":
+        reads_prefix = self.site != ":output"
+        if reads_prefix:
             if not sites.is_traceable(backbone):
                 raise ValueError(f"a probe at {self.site!r} needs a backbone that torch.fx can trace; probe ':output'")
             rank = len(sites.site_shape(backbone, self.site))
-            prefix = _Pooled(prefix, sites.channel_axis(backbone, self.site) if rank > 1 else -1, repr(self))
+            prefix = Pooled(prefix, sites.channel_axis(backbone, self.site) if rank > 1 else -1, repr(self))
             suffix = nn.Identity()
-        return Body(prefix, suffix, nn.ModuleDict())
+        return PreparedBackbone(prefix, suffix, reads_prefix=reads_prefix)
 
 
-class _Pooled(nn.Module):
+class Pooled(nn.Module):
     """The site's activation, averaged over positions."""
 
     def __init__(self, prefix: nn.Module, axis: int, code: str) -> None:

@@ -169,14 +169,14 @@ def run_cell(
     how = record_format.recipe_of(recipe)
     if method["name"] == "random_prompt":
         fits = _fit_random(model, data, method, how, learning_rates, seeds)
-        evaluations = [training.evaluate(data, [one])[0] for one in fits]
+        evaluations = [training.evaluate(one, data) for one in fits]
     else:
-        probe = None
+        spec: training.Head | None = record_format.head_of(head, backbone, data.classes)
         if method["name"] == "frozen_head":
-            probe = training.tune(
-                model, data, methods.LinearProbe(), recipe=how, learning_rates=learning_rates, seeds=seeds
+            probe = methods.LinearProbe()
+            spec = training.FrozenHead(
+                training.tune(model, data, probe, recipe=how, learning_rates=learning_rates, seeds=seeds)
             )
-        spec = record_format.head_of(head, backbone, data.classes)
         fits = training.tune(
             model,
             data,
@@ -185,9 +185,8 @@ def run_cell(
             learning_rates=learning_rates,
             seeds=seeds,
             head=spec,
-            heads=probe,
         )
-        evaluations = training.evaluate(data, fits)
+        evaluations = training.evaluate(fits, data)
     return {**describe(data, fits, evaluations), "bundle_seconds": time.perf_counter() - started}
 
 
@@ -197,6 +196,8 @@ def describe(
     """What the record of a cell holds, besides its time."""
     return {
         "accuracy": [e.accuracy for e in evaluations],
+        "balanced_accuracy": [e.balanced_accuracy for e in evaluations],
+        "recall": [e.recall.tolist() for e in evaluations],
         "correct": [np.packbits(e.correct.numpy()).tobytes().hex() for e in evaluations],
         "num_test": len(fits[0].split.test),
         "learning_rate": fits[0].configuration.learning_rate,

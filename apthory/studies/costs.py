@@ -105,7 +105,7 @@ def measure_methods(
         "vp": methods.ActivationPrompting(site=":input"),
         "ap": methods.ActivationPrompting(site=site),
         "norm": methods.NormTuning(site=":input", layers="all"),
-        "full": methods.FullFineTuning(),
+        "full": methods.FineTuning(),
     }
     steps = {name: _Step(model, method, x, labels, num_classes, precision) for name, method in compared.items()}
     works = {(name, part): getattr(step, part) for name, step in steps.items() for part in ("whole", "inference")}
@@ -142,19 +142,20 @@ class _Step:
         self, model: nn.Module, method: methods.Method, x: Tensor, labels: Tensor, num_classes: int, precision: str
     ) -> None:
         self.model, self.x, self.labels, self.precision = model, x, labels, precision
-        self.body = method.build(model, 1)
-        self.body.suffix.to(x.device)
+        self.prepared = method.build(model, 1)
+        self.prepared.suffix.to(x.device)
         with torch.no_grad(), backbones.autocast(model, precision):
-            self.crossing = self.body.prefix(x)
-            features = self.body.suffix(*self.crossing)
+            self.crossing = self.prepared.prefix(x)
+            features = self.prepared.suffix(*self.crossing)
         self.heads = LinearHeads(1, features.shape[1], num_classes, [torch.Generator()]).to(x.device)
-        self.trained = [*self.body.edits.parameters(), *self.heads.parameters()]
+        edits = [one.parameter for stack in self.prepared.stacks.values() for one in stack.trained()]
+        self.trained = [*edits, *self.heads.parameters()]
         self.num_head_parameters = sum(p.numel() for p in self.heads.parameters())
         self.num_parameters = sum(p.numel() for p in self.trained) - self.num_head_parameters
 
     def _learn(self, crossing: tuple[Tensor, ...]) -> None:
         with backbones.autocast(self.model, self.precision):
-            features = self.body.suffix(*crossing)
+            features = self.prepared.suffix(*crossing)
         training.losses(self.heads(features), self.labels).sum().backward()
         for parameter in self.trained:
             parameter.grad = None
@@ -164,16 +165,16 @@ class _Step:
 
     def whole(self) -> None:
         with torch.no_grad(), backbones.autocast(self.model, self.precision):
-            crossing = self.body.prefix(self.x)
+            crossing = self.prepared.prefix(self.x)
         self._learn(crossing)
 
     @torch.no_grad()
     def inference(self) -> None:
         with backbones.autocast(self.model, self.precision):
-            features = self.body.suffix(*self.body.prefix(self.x))
+            features = self.prepared.suffix(*self.prepared.prefix(self.x))
         self.heads(features)
 
     @torch.no_grad()
     def suffix(self) -> None:
         with backbones.autocast(self.model, self.precision):
-            self.body.suffix(*self.crossing)
+            self.prepared.suffix(*self.crossing)

@@ -100,7 +100,7 @@ def draw_prompt(
         "prompt": zlib.compress(steps.numpy().tobytes(), 9).hex(),
         "regions": shown.int(),
         "share": share,
-        "accuracy": training.evaluate(data, [fit])[0].accuracy,
+        "accuracy": training.evaluate(fit, data).accuracy,
     }
 
 

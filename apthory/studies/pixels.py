@@ -188,7 +188,7 @@ def run_shifted(
     fits = training.tune(
         model, data, record_format.method_of(method), recipe=how, learning_rates=learning_rates, seeds=seeds, head=spec
     )
-    values = cells.describe(data, fits, training.evaluate(data, fits))
+    values = cells.describe(data, fits, training.evaluate(fits, data))
     tested = []
     for shift in shifts:
         other = _domain(task, size, shift["domain"]) if "domain" in shift else data
@@ -199,7 +199,7 @@ def run_shifted(
         if "corruption" in shift:
             images = corrupted(images, shift["corruption"], shift["strength"])
         every = replace(fits[0].split, test=torch.arange(len(images)))
-        shifted = training.evaluate(replace(data, test=images), [replace(one, split=every) for one in fits])
+        shifted = training.evaluate([replace(one, split=every) for one in fits], replace(data, test=images))
         there = cells.describe(data, fits, shifted)
         labels = {name: shift.get(name, "") for name in ("domain", "corruption", "strength")}
         tested.append({**labels, "num_test": len(images), **{key: there[key] for key in ("accuracy", "correct")}})

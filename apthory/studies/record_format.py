@@ -99,30 +99,34 @@ def weights(digest: str) -> str:
     return _WEIGHTS.get(digest, digest)
 
 
+# Methods whose name in records differs from their name in `methods.METHODS`, and fields that have another name now.
+_METHODS = {"frozen_head": "ap", "site_probe": "linear_probe", "full": "fine_tuning"}
+_OPTIONS = {"rate": "lr_scale", "relative": "in_rms_units", "generator_rate": "generator_lr_scale"}
+
+
 def method_of(spelled: Mapping[str, Any]) -> methods.Method:
-    """The method behind a name of the tables; a visual prompt with a site is one on the whole normalized image."""
+    """The method behind a name of the records; a "vp" with a site is a prompt on the whole normalized image."""
     name = spelled["name"]
-    options = {key: value for key, value in spelled.items() if key != "name"}
-    match name:
-        case "ap":
-            return methods.ActivationPrompting(**options)
-        case "vp":
-            return methods.ActivationPrompting(**options) if "site" in options else methods.VP(**options)
-        case "frozen_head":
-            return methods.ActivationPrompting(**options, head="frozen")
-        case "norm":
-            return methods.NormTuning(**options)
-        case "linear_probe" | "site_probe":
-            return methods.LinearProbe(**options)
-        case "full":
-            return methods.FullFineTuning(**options)
-        case "evp":
-            lists = {key: tuple(value) for key, value in options.items() if key == "diversity"}
-            return methods.EVP(**{**options, **lists})
-        case "adavipro":
-            return methods.AdaViPro(**options)
-    known = "vp, ap, frozen_head, norm, linear_probe, site_probe, full, evp or adavipro"
-    raise ValueError(f"no method {name!r}; expected {known}")
+    options = {
+        _OPTIONS.get(key, key): tuple(value) if isinstance(value, list) else value
+        for key, value in spelled.items()
+        if key != "name"
+    }
+    if name == "vp" and "site" in options:
+        name = "ap"
+    known = [*methods.METHODS, *_METHODS]
+    if (own := _METHODS.get(name, name)) not in methods.METHODS:
+        raise ValueError(f"no method {name!r}; expected {', '.join(known)}")
+    return methods.METHODS[own](**options)
+
+
+def method_name(spelled: Mapping[str, Any]) -> str:
+    """What tables call a recorded method: its own name, but ``input_prompt`` for a "vp" with a site.
+
+    Records call two methods "vp": Bahng's frame, which starts from noise, and the prompt on the whole normalized image,
+    which starts at zero and is an activation prompt at ``:input``.
+    """
+    return "input_prompt" if spelled["name"] == "vp" and "site" in spelled else spelled["name"]
 
 
 def head_of(

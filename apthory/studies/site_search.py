@@ -72,7 +72,7 @@ def search(
         score=score,
         seed=seed,
     )
-    (evaluation,) = training.evaluate(data, [found.fit])
+    evaluation = training.evaluate(found.fit, data)
     return {
         "site": found.site,
         "learning_rate": found.fit.configuration.learning_rate,

@@ -14,10 +14,10 @@ from apthory.training.bundle import Bundle, losses
 from apthory.training.cache import PrefixCache, run_prefix
 from apthory.training.config import Configuration, Recipe
 from apthory.training.fitting import check_ready, choose, evaluate, fit, tune
-from apthory.training.results import Evaluation, Fit
+from apthory.training.results import Evaluation, Fit, FrozenHead, Head
 
 __all__ = [
-    "fit", "tune", "choose", "evaluate", "Fit", "Evaluation", "Recipe", "Configuration", "check_ready",
+    "fit", "tune", "choose", "evaluate", "Fit", "Evaluation", "FrozenHead", "Head", "Recipe", "Configuration", "check_ready",
     "Bundle", "losses", "PrefixCache", "run_prefix",
 ]  # fmt: skip
 

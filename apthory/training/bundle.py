@@ -15,7 +15,7 @@ from apthory.tasks import Task
 from apthory.training.cache import PrefixCache, chunks_of, run_prefix
 from apthory.training.config import Configuration, Recipe
 from apthory.training.optimizer import Optimizer
-from apthory.training.results import Fit, load_stacked
+from apthory.training.results import FrozenHead, Head, load_heads
 
 NUM_CALIBRATION = 128  # training images from which scales are read
 _Source = Callable[[Int64[Tensor, " image"]], list[Tensor]]
@@ -31,37 +31,34 @@ class Bundle:
         method: Method,
         configurations: Sequence[Configuration],
         recipe: Recipe,
-        heads: Sequence[Fit] | None = None,
         cache: PrefixCache | None = None,
         *,
-        head: HeadSpec | None = None,
+        head: Head | None = None,
     ) -> None:
         self.backbone, self.task, self.method, self.recipe = backbone, task, method, recipe
         self.configurations = configurations
         sizes = (recipe.num_train, recipe.num_validation, recipe.num_test)
         self.splits = [task.split(c.seed, *sizes) for c in configurations]
         self.device = next(backbone.parameters()).device
-        self.body = method.build(backbone, len(configurations))
-        self.body.start([c.seed for c in configurations])
-        self.body.suffix.to(self.device)
+        frozen = head if isinstance(head, FrozenHead) else None
+        if frozen is not None and len(frozen.fits) != len(configurations):
+            raise ValueError(
+                f"FrozenHead has {len(frozen.fits)} fits for {len(configurations)} configurations; give one for each"
+            )
+        self.prepared = method.build(backbone, len(configurations))
+        self.prepared.start([c.seed for c in configurations])
+        self.prepared.suffix.to(self.device)
         self.source, self.cache_bytes = self._make_source(cache)
-        self.heads, self.head_shape = self._start(head or LinearHead())
-        if method.head == "frozen":
-            if heads is None or len(heads) != len(configurations):
-                num = len(configurations)
-                raise ValueError(f"a frozen head needs heads=, one fit for each of the {num} configurations")
-            found, wanted = {type(one.head_spec).__name__ for one in heads}, type(head or LinearHead()).__name__
-            if found != {wanted}:
-                raise ValueError(
-                    f"the fits in heads= have a {' and a '.join(sorted(found))}; head= asks for a {wanted}"
-                )
-            load_stacked(self.heads, [one.state for one in heads], "heads.")
+        self.head_spec: HeadSpec = frozen.spec if frozen else head or LinearHead()
+        self.heads, self.head_shape = self._start(self.head_spec)
+        if frozen is not None:
+            load_heads(self.heads, frozen.fits)
             self.heads.requires_grad_(False)
-        self.optimizer = Optimizer(self.body, self.heads, method, configurations, recipe)
+        self.optimizer = Optimizer(self.prepared, self.heads, configurations, recipe)
 
     def begin_epoch(self, epoch: int) -> None:
         """Move schedules by epoch on; epochs count from 0."""
-        self.body.begin_epoch(epoch, self.recipe.num_epochs)
+        self.prepared.begin_epoch(epoch, self.recipe.num_epochs)
 
     def step(self, chunks: Sequence[Int64[Tensor, " image"]], done: float) -> Float[Tensor, " num"]:
         """One update of every configuration; its losses before the update.
@@ -72,8 +69,8 @@ class Bundle:
         """
         labels = torch.stack([self.task.train.labels[chunk] for chunk in chunks]).to(self.device)
         crossing = self.source(torch.cat(list(chunks)))
-        with backbones.autocast(self.backbone, self.recipe.precision), self.body.drawing():
-            features = self.body.suffix(*crossing)
+        with backbones.autocast(self.backbone, self.recipe.precision), self.prepared.drawing():
+            features = self.prepared.suffix(*crossing)
         by_configuration = losses(self.heads(features), labels)
         self.heads.observe(features.detach(), labels)
         if self.optimizer.has_work:
@@ -89,7 +86,7 @@ class Bundle:
         for chunk in chunks_of(indices, len(indices)):
             crossing = self.source(chunk.flatten())
             with backbones.autocast(self.backbone, self.recipe.precision):
-                features = self.body.suffix(*crossing)
+                features = self.prepared.suffix(*crossing)
             logits = self.heads(features).cpu()
             labels = self.task.train.labels[chunk]
             hits += (logits.argmax(-1) == labels).sum(1)
@@ -97,18 +94,13 @@ class Bundle:
         accuracies = [100 * count / indices.shape[1] for count in hits.tolist()]
         return accuracies, (totals / indices.shape[1]).tolist()
 
-    def state(self, k: int) -> dict[str, Tensor]:
-        """A copy of the parameters and units of one configuration, as a bundle of one."""
-        state = {f"heads.{name}": value[k : k + 1].clone() for name, value in self.heads.state_dict().items()}
-        for name, value in self.body.edits.state_dict().items():
-            if not name.startswith("weights."):
-                state[f"edits.{name}"] = value[k : k + 1].clone()
-            elif name.startswith(f"weights.{k}."):
-                state[f"edits.weights.0.{name.removeprefix(f'weights.{k}.')}"] = value.clone()
-        return {name: value.cpu() for name, value in state.items()}
+    def state(self, k: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """A copy of what one configuration's edits and its head hold."""
+        head = {name: value[k].detach().clone().cpu() for name, value in self.heads.state_dict().items()}
+        return self.prepared.state(k), head
 
     def _make_source(self, cache: PrefixCache | None) -> tuple[_Source, int]:
-        arguments = (self.backbone, self.body.prefix, self.task.train)
+        arguments = (self.backbone, self.prepared.prefix, self.task.train)
         wanted = torch.cat([torch.cat([split.train, split.validation]) for split in self.splits])
         if not self.recipe.cache:
             self.task.train.decode(wanted.tolist())  # from front to back: batches will want them in random order
@@ -119,10 +111,8 @@ class Bundle:
 
     def _start(self, spec: HeadSpec) -> tuple[Heads, tuple[int, int]]:
         """Initial heads, and the scale of activations and features on some training images."""
-        with self.body.calibrating():
+        with self.prepared.calibrating():
             features = self._features([split.train[:NUM_CALIBRATION] for split in self.splits])
-        if "prompt" in self.body.edits and not self.body.edits["prompt"].activation_norm.all():
-            raise ValueError(f"the activation at {self.method.site!r} is zero, so a prompt has no scale; take another")
         generators = [torch.Generator().manual_seed(c.seed) for c in self.configurations]
         shape = (features.shape[1], len(self.task.classes))
         heads = spec.build(len(generators), *shape, generators).to(self.device)
@@ -140,7 +130,7 @@ class Bundle:
         """Of each configuration's own images, before training."""
         crossing = self.source(torch.cat(list(images)))
         with backbones.autocast(self.backbone, self.recipe.precision):
-            return self.body.suffix(*crossing).float()
+            return self.prepared.suffix(*crossing).float()
 
     def _unprompted(self, images: Sequence[Int64[Tensor, " image"]]) -> Float[Tensor, "stack width"]:
         """The same of the backbone by itself."""

@@ -34,8 +34,10 @@ class PrefixCache:
         Raises:
             ValueError: If the cache holds results of another prefix, of other images or in another precision.
         """
-        owner = (id(backbone), getattr(prefix, "code", type(prefix)), id(images), precision)
-        if self.owner and self.owner != owner:
+        # A prefix is known by its code (that of a traced graph, or what its class says), else as the object that it is.
+        owner = (backbone, getattr(prefix, "code", prefix), images, precision)
+        pairs = zip(self.owner or owner, owner, strict=True)
+        if not all(ours is theirs or (isinstance(ours, str) and ours == theirs) for ours, theirs in pairs):
             raise ValueError("the cache holds the results of another prefix, task or precision; start with a new one")
         self.owner = owner
         new = [index for index in indices.unique().tolist() if index not in self.rows]

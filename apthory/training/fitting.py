@@ -5,68 +5,93 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from typing import Any, overload
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
 from apthory import backbones
+from apthory._tools import moved
 from apthory._tools.progress import progress
 from apthory.heads import Heads, HeadSpec, LinearHead
-from apthory.methods import Body, Method
-from apthory.methods.pixels import Overlay
+from apthory.methods import AdaptedBackbone, Method, PreparedBackbone
 from apthory.tasks import Task
 from apthory.training.bundle import NUM_CALIBRATION, Bundle
 from apthory.training.cache import PrefixCache, chunks_of, run_prefix
 from apthory.training.config import Configuration, Recipe
-from apthory.training.results import Evaluation, Fit, load_stacked, restored_heads
+from apthory.training.results import Evaluation, Fit, FrozenHead, Head, restored_heads
+
+
+@overload
+def fit(
+    backbone: nn.Module, task: Task, method: Method, configurations: Configuration | None = None, **options: Any
+) -> Fit: ...
+@overload
+def fit(
+    backbone: nn.Module, task: Task, method: Method, configurations: Sequence[Configuration], **options: Any
+) -> list[Fit]: ...
 
 
 def fit(
     backbone: nn.Module,
     task: Task,
     method: Method,
-    configurations: Sequence[Configuration] | None = None,
+    configurations: Configuration | Sequence[Configuration] | None = None,
     *,
     recipe: Recipe | None = None,
-    head: HeadSpec | None = None,
+    head: Head | None = None,
     heads: Sequence[Fit] | None = None,
-    cache: "PrefixCache | None" = None,
-) -> list[Fit]:
-    """Train a bundle of configurations; the test part is not touched.
+    cache: PrefixCache | None = None,
+) -> Fit | list[Fit]:
+    """Train one configuration, or a bundle of several together; the test part is not touched.
 
     Args:
         backbone: Frozen; only the method's edits and the heads receive gradients, and a checksum holds it to that.
-        configurations: One by default.
-        head: The kind of head; a trained linear one by default. A label mapping or a text head on a `LinearProbe`
-            leaves nothing to train, and every epoch gives the frozen model's own accuracy: one is enough.
-        heads: Fits whose heads a method with a frozen head uses, one for each configuration.
+        task: What to learn; its images have the size that the backbone takes.
+        method: What is trained beside the head.
+        configurations: One, or a list of those that are trained together; the default one if left out.
+        recipe: Shared by all; the default one if left out.
+        head: What stands on the features; a trained linear layer by default. A label mapping or a text head on a
+            `LinearProbe` leaves nothing to train, and every epoch gives the frozen model's own accuracy: one is enough.
+            `FrozenHead(fits)` holds earlier heads still.
+        heads: The old way to give what is now ``head=FrozenHead(fits)``.
         cache: Results of the same prefix from an earlier bundle on the same task, which this one extends.
+
+    Returns:
+        One fit for one configuration, a list of them for a list.
 
     Raises:
         ValueError: If an argument is of another kind, a split leaves a class without training images, or no loss is
             ever finite.
         MemoryError: If even a single configuration does not fit; larger bundles are halved, with a warning.
     """
-    if isinstance(configurations, Recipe | Configuration):
+    if isinstance(configurations, Recipe):
         raise ValueError(
-            f"configurations is one {type(configurations).__name__}, and should be a list of Configuration; a recipe "
-            "goes by its name: fit(backbone, task, method, recipe=...)"
+            "configurations is a Recipe, and should be a Configuration or a list of them; a recipe goes by its name: "
+            "fit(backbone, task, method, recipe=...)"
         )
-    if isinstance(method, type) or not hasattr(method, "build"):
+    if not isinstance(method, Method):
         raise ValueError(f"method is {method!r}; expected a method such as ActivationPrompting(site=...) or VP()")
-    if method.head not in ("trained", "frozen"):
+    if heads is not None:
+        moved.warn_user("the argument heads of fit", "head=FrozenHead(fits)")
+        _refuse_other_kind(head, heads)
+        head = FrozenHead(heads)
+    if head is not None and not isinstance(head, HeadSpec | FrozenHead):
         raise ValueError(
-            f"the method's head is {method.head!r}; expected 'trained' or 'frozen'; other kinds go to fit(head=...)"
+            f"head is {head!r}; expected LinearHead(), LabelMapping(classifier, ...), FrozenHead(fits) or a TextHead "
+            "(CLIP.text_head)"
         )
-    if head is not None and not isinstance(head, HeadSpec):
-        raise ValueError(
-            f"head is {head!r}; expected LinearHead(), LabelMapping(classifier, ...) or a TextHead (CLIP.text_head)"
-        )
-    configurations = [Configuration()] if configurations is None else list(configurations)
+    if getattr(method, "wants_frozen_head", False) and not isinstance(head, FrozenHead):
+        raise ValueError("the method was made with head='frozen'; give the head itself: fit(..., head=FrozenHead(fits))")
+    is_single = configurations is None or isinstance(configurations, Configuration)
+    bundle = [configurations or Configuration()] if is_single else list(configurations)
+    if not bundle:
+        raise ValueError("configurations is empty; give one or more, or leave it out for the default one")
     recipe = recipe or Recipe()
     check_ready(backbone, task)
-    split = task.split(configurations[0].seed, recipe.num_train, recipe.num_validation, recipe.num_test)
+    split = task.split(bundle[0].seed, recipe.num_train, recipe.num_validation, recipe.num_test)
     if len(split.train) < min(len(split.validation), recipe.num_train or math.inf):
         warnings.warn(
             f"validation takes {len(split.validation)} of {len(task.train)} images and leaves {len(split.train)} to "
@@ -75,10 +100,17 @@ def fit(
         )
     before = backbones.digest(backbone)
     with _deterministic(recipe.deterministic):
-        fits = _fit_or_halve(backbone, task, method, configurations, recipe, head or LinearHead(), heads, cache)
+        fits = _fit_or_halve(backbone, task, method, bundle, recipe, head or LinearHead(), cache)
     if backbones.digest(backbone) != before:
         raise RuntimeError("the frozen backbone changed during training; something else holds a reference to it")
-    return fits
+    return fits[0] if is_single else fits
+
+
+def _refuse_other_kind(head: Any, fits: Sequence[Fit]) -> None:
+    """The old pair of arguments had to name the same kind of head twice."""
+    wanted = type(head or LinearHead()).__name__
+    if wanted != (kind := type(FrozenHead(fits).spec).__name__):
+        raise ValueError(f"the fits in heads= have a {kind}; head= asks for a {wanted}")
 
 
 def check_ready(backbone: nn.Module, task: Task) -> None:
@@ -96,14 +128,45 @@ def check_ready(backbone: nn.Module, task: Task) -> None:
         )
 
 
-def evaluate(task: Task, fits: Sequence[Fit]) -> list[Evaluation]:
-    """Accuracy of trained configurations of one bundle on the task's test part. Use it once.
+@overload
+def evaluate(fits: Fit, task: Task) -> Evaluation: ...
+@overload
+def evaluate(fits: AdaptedBackbone, task: Task) -> Evaluation: ...
+@overload
+def evaluate(fits: Sequence[Fit], task: Task) -> list[Evaluation]: ...
+@overload
+def evaluate(fits: Task, task: Sequence[Fit]) -> list[Evaluation]: ...
+
+
+def evaluate(
+    fits: Fit | AdaptedBackbone | Sequence[Fit] | Task, task: Task | Sequence[Fit]
+) -> Evaluation | list[Evaluation]:
+    """Accuracy and recall on the task's test part. Use it once.
+
+    Args:
+        fits: One fit, a list of fits of one bundle, or a model as `load_prompt` gives it, which is evaluated on all test
+            images.
+        task: The one that they were trained on.
+
+    Returns:
+        One evaluation, or a list of them for a list.
 
     Raises:
-        ValueError: If they are not of one bundle, or were trained on another task's images or classes.
+        ValueError: If the fits are not of one bundle, or were trained on another task's images or classes.
     """
-    if isinstance(fits, Fit) or not fits:
-        raise ValueError("evaluate takes a list of fits, at least one: evaluate(task, [fit])")
+    if isinstance(fits, Task):  # up to version 0.1 the task came first
+        moved.warn_user("evaluate(task, fits)", "evaluate(fits, task)")
+        fits, task = task, fits
+    if isinstance(fits, AdaptedBackbone):
+        return _evaluate_model(fits, task)
+    if isinstance(fits, Fit):
+        return _evaluate([fits], task)[0]
+    if isinstance(fits, str) or not isinstance(fits, Sequence) or not fits or not isinstance(fits[0], Fit):
+        raise ValueError(f"fits is {fits!r}; expected a fit, a list of at least one, or a model of load_prompt")
+    return _evaluate(fits, task)
+
+
+def _evaluate(fits: Sequence[Fit], task: Task) -> list[Evaluation]:
     first = fits[0]
     recipe = first.recipe
     split = task.split(first.configuration.seed, recipe.num_train, recipe.num_validation, recipe.num_test)
@@ -118,18 +181,34 @@ def evaluate(task: Task, fits: Sequence[Fit]) -> list[Evaluation]:
             raise ValueError(
                 "the fits differ in backbone, method, head, recipe or test part; evaluate them one bundle at a time"
             )
-    body, heads = _restore(first.backbone, fits)
+    prepared, heads = _restore(first.backbone, fits)
     indices = first.split.test
     correct = []
     for chunk in chunks_of(indices, len(fits)):
         labels = task.test.labels[chunk]
-        crossing = run_prefix(first.backbone, body.prefix, task.test, first.recipe.precision, chunk)
+        crossing = run_prefix(first.backbone, prepared.prefix, task.test, first.recipe.precision, chunk)
         with torch.no_grad():
             with backbones.autocast(first.backbone, first.recipe.precision):
-                features = body.suffix(*(_repeat(z, len(fits)) for z in crossing))
+                features = prepared.suffix(*(_repeat(z, len(fits)) for z in crossing))
             correct.append(heads(features).argmax(-1).cpu() == labels)
-    table = torch.cat(correct, dim=1)
-    return [Evaluation(accuracy=100 * int(row.sum()) / len(row), correct=row) for row in table]
+    labels = task.test.labels[indices]
+    return [Evaluation.of(row, labels, len(task.classes)) for row in torch.cat(correct, dim=1)]
+
+
+def _evaluate_model(model: AdaptedBackbone, task: Task) -> Evaluation:
+    check_ready(model.backbone, task)
+    if model.head is None or tuple(task.classes) != model.classes:
+        raise ValueError(
+            f"the model knows the classes {', '.join(model.classes) or 'of no names'}, and {task.name!r} has "
+            f"{', '.join(task.classes)}; evaluate it on the task that it was trained on"
+        )
+    correct = []
+    for chunk in chunks_of(torch.arange(len(task.test))):
+        with torch.no_grad():
+            with backbones.autocast(model.backbone, "auto"):
+                features = model.features(backbones.normalize(model.backbone, task.test[chunk]))
+            correct.append(model.head(features.float()).argmax(1).cpu() == task.test.labels[chunk])
+    return Evaluation.of(torch.cat(correct), task.test.labels, len(task.classes))
 
 
 def tune(
@@ -140,7 +219,7 @@ def tune(
     learning_rates: Sequence[float],
     seeds: Sequence[int],
     recipe: Recipe | None = None,
-    head: HeadSpec | None = None,
+    head: Head | None = None,
     heads: Sequence[Fit] | None = None,
     max_extensions: int = 2,
 ) -> list[Fit]:
@@ -152,8 +231,9 @@ def tune(
         learning_rates: Ascending grid.
         seeds: Of subsample, split, head and order; all are trained with the rate that the first one chooses.
         recipe: Shared by all; the default one if left out, as in `fit`.
-        head: The kind of head; a trained linear one by default.
-        heads: Fits whose heads a method with a frozen head uses, one for each seed.
+        head: As in `fit`; a `FrozenHead` has one fit for each seed.
+        heads: The old way to give what is now ``head=FrozenHead(fits)``.
+        max_extensions: How often the grid may be extended.
 
     Returns:
         One fit for each seed; none has seen the test part.
@@ -163,14 +243,19 @@ def tune(
     """
     if not len(learning_rates) or not len(seeds):
         raise ValueError(f"learning_rates is {learning_rates!r} and seeds {seeds!r}; expected one or more of each")
+    if heads is not None:
+        moved.warn_user("the argument heads of tune", "head=FrozenHead(fits)")
+        _refuse_other_kind(head, heads)
+        head = FrozenHead(heads)
+    if isinstance(head, FrozenHead) and len(head.fits) != len(seeds):
+        raise ValueError(f"FrozenHead has {len(head.fits)} fits for {len(seeds)} seeds; give one for each")
     rates = sorted(learning_rates)
     cache = PrefixCache()
-    first_head = None if heads is None else heads[:1]
 
     def train(rates: Sequence[float]) -> list[Fit]:
         bundle = [Configuration(learning_rate=rate, seed=seeds[0]) for rate in rates]
-        repeated = None if first_head is None else list(first_head) * len(bundle)
-        return fit(backbone, task, method, bundle, recipe=recipe, head=head, heads=repeated, cache=cache)
+        own = FrozenHead([head.fits[0]] * len(bundle)) if isinstance(head, FrozenHead) else head
+        return fit(backbone, task, method, bundle, recipe=recipe, head=own, cache=cache)
 
     tried = train(rates)
     for _ in range(max_extensions if len(rates) > 1 else 0):
@@ -189,10 +274,8 @@ def tune(
     others = [replace(best.configuration, seed=seed) for seed in seeds[1:]]
     if not others:
         return [best]
-    fits = [
-        best,
-        *fit(backbone, task, method, others, recipe=recipe, head=head, heads=heads and heads[1:], cache=cache),
-    ]
+    rest = FrozenHead(head.fits[1:]) if isinstance(head, FrozenHead) else head
+    fits = [best, *fit(backbone, task, method, others, recipe=recipe, head=rest, cache=cache)]
     if lost := [one.configuration.seed for one in fits if not one.epoch]:
         raise ValueError(f"the loss was never finite for the seeds {lost} at {best.configuration}; choose lower rates")
     return fits
@@ -219,12 +302,11 @@ def _fit_or_halve(
     method: Method,
     configurations: Sequence[Configuration],
     recipe: Recipe,
-    head: HeadSpec,
-    heads: Sequence[Fit] | None,
+    head: Head,
     cache: PrefixCache | None,
 ) -> list[Fit]:
     try:
-        return _fit(backbone, task, method, configurations, recipe, head, heads, cache)
+        return _fit(backbone, task, method, configurations, recipe, head, cache)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -238,9 +320,11 @@ def _fit_or_halve(
     warnings.warn(
         f"a bundle of {len(configurations)} configurations does not fit the memory ({reason}); halved", stacklevel=3
     )
-    parts = (configurations[:half], heads and heads[:half]), (configurations[half:], heads and heads[half:])
-    halves = [_fit_or_halve(backbone, task, method, part, recipe, head, own, cache) for part, own in parts]
-    return [one for half in halves for one in half]
+    fits = []
+    for part in (slice(None, half), slice(half, None)):
+        own = head[part] if isinstance(head, FrozenHead) else head
+        fits += _fit_or_halve(backbone, task, method, configurations[part], recipe, own, cache)
+    return fits
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -253,11 +337,10 @@ def _fit(
     method: Method,
     configurations: Sequence[Configuration],
     recipe: Recipe,
-    head: HeadSpec,
-    heads: Sequence[Fit] | None,
+    head: Head,
     cache: PrefixCache | None,
 ) -> list[Fit]:
-    bundle = Bundle(backbone, task, method, configurations, recipe, heads, cache, head=head)
+    bundle = Bundle(backbone, task, method, configurations, recipe, cache, head=head)
     num, num_train = len(configurations), len(bundle.splits[0].train)
     steps = math.ceil(num_train / recipe.batch_size)
     if recipe.num_epochs * steps == 1 and bundle.optimizer.parameters:
@@ -288,9 +371,9 @@ def _fit(
         rates = ", ".join(f"{c.learning_rate:g}" for c in configurations)
         raise ValueError(f"no configuration (learning rates {rates}) ever had a finite loss; choose lower rates")
 
-    def result(k: int) -> Fit:
-        norm, relative_norm = _prompt_norm(states[k], bundle, k)
-        return Fit(
+    norms = _prompt_norms(bundle, [edits for edits, _ in states])
+    return [
+        Fit(
             backbone=backbone,
             method=method,
             configuration=configurations[k],
@@ -301,24 +384,27 @@ def _fit(
             validation_loss=-best[k][1],
             validation_curve=tuple(curves[k][1]),
             train_curve=tuple(curves[k][0]),
-            prompt_norm=norm,
-            relative_norm=relative_norm,
+            prompt_norm=norms[k][0],
+            relative_norm=norms[k][0] / norms[k][1],
             cache_bytes=bundle.cache_bytes,
-            state=states[k],
-            head_spec=head,
+            state=states[k][0],
+            head_state=states[k][1],
+            head_spec=bundle.head_spec,
             head_shape=bundle.head_shape,
+            classes=tuple(task.classes),
+            transform=task.transform,
         )
+        for k in range(num)
+    ]
 
-    return [result(k) for k in range(num)]
 
-
-def _restore(backbone: nn.Module, fits: Sequence[Fit]) -> tuple[Body, Heads]:
+def _restore(backbone: nn.Module, fits: Sequence[Fit]) -> tuple[PreparedBackbone, Heads]:
     """The bundle of these fits, ready for evaluation."""
-    body = fits[0].method.build(backbone, len(fits))
-    load_stacked(body.edits, [one.state for one in fits], "edits.")
+    prepared = fits[0].method.build(backbone, len(fits))
+    prepared.load([fit.state for fit in fits])
     device = next(backbone.parameters()).device
-    body.suffix.to(device)
-    return body, restored_heads(fits).to(device)
+    prepared.suffix.to(device)
+    return prepared, restored_heads(fits).to(device)
 
 
 def _order(indices: Int64[Tensor, " image"], seed: int, epoch: int) -> Int64[Tensor, " image"]:
@@ -327,23 +413,16 @@ def _order(indices: Int64[Tensor, " image"], seed: int, epoch: int) -> Int64[Ten
     return indices[torch.randperm(len(indices), generator=generator)]
 
 
-def _prompt_norm(state: dict[str, Tensor], bundle: Bundle, k: int) -> tuple[float, float]:
-    """Norm over all units of what a prompt adds, and the same divided by the mean norm of the activations.
-
-    Where it differs between images (AdaViPro), the mean over the training images that scales are read from.
-    """
-    if "edits.prompt.values" not in state:
-        return 0.0, 0.0
-    edit = bundle.body.edits["prompt"]
-    if isinstance(edit, Overlay) and edit.masks is not None:
-        overlay = bundle.method.build(bundle.backbone, 1).overlays[0].to(bundle.device)
-        load_stacked(overlay, [state], "edits.prompt.")
+def _prompt_norms(bundle: Bundle, states: Sequence[dict[str, Tensor]]) -> list[tuple[float, float]]:
+    """Of each configuration: norm of what its prompt adds, and mean norm of what it is added to."""
+    prepared = bundle.method.build(bundle.backbone, 1)
+    prepared.suffix.to(bundle.device)
+    norms = []
+    for k, state in enumerate(states):
+        prepared.load([state])
         with backbones.autocast(bundle.backbone, bundle.recipe.precision):
-            norm = float(overlay.added_norm(*bundle.source(bundle.splits[k].train[:NUM_CALIBRATION])))
-    else:
-        delta = state["edits.prompt.unit"][0] * state["edits.prompt.values"][0]
-        norm = float(delta.expand(edit.unit_shape).norm())
-    return norm, norm / float(state["edits.prompt.activation_norm"])
+            norms.append(prepared.prompt_norm(partial(bundle.source, bundle.splits[k].train[:NUM_CALIBRATION])))
+    return norms
 
 
 def _repeat(z: Tensor, num: int) -> Tensor:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from apthory.heads import Heads
-from apthory.methods import Body, Method, relative_rate
-from apthory.methods.pixels import Overlay
+from apthory.methods import PreparedBackbone, Stack
+from apthory.methods.edits import Trained
 from apthory.training.config import Configuration, Recipe
 
 
@@ -20,40 +20,33 @@ class Optimizer:
     """
 
     def __init__(
-        self,
-        body: Body,
-        heads: Heads,
-        method: Method,
-        configurations: Sequence[Configuration],
-        recipe: Recipe,
+        self, prepared: PreparedBackbone, heads: Heads, configurations: Sequence[Configuration], recipe: Recipe
     ) -> None:
-        trained = [*body.edits.parameters(), *heads.parameters()]
-        device = trained[0].device if trained else None
+        stacks = list(prepared.stacks.values())
+        trained = [one for stack in stacks if not stack.updates_itself for one in stack.trained()]
+        trained += [Trained(parameter, 1.0, None) for parameter in heads.parameters() if parameter.requires_grad]
+        every = [*prepared.suffix.parameters(), *heads.parameters()]
+        device = every[0].device if every else None
         rates = torch.tensor([c.learning_rate for c in configurations], device=device)
         decays = torch.tensor([c.weight_decay for c in configurations], device=device)
         self.recipe = recipe
         self.parameters: list[tuple[nn.Parameter, Tensor, Tensor]] = []
-        own_rule = [overlay for overlay in body.overlays if overlay.normalization is not None]
-        self.own: list[tuple[Overlay, Tensor]] = [(overlay, rates * method.rate) for overlay in own_rule]
-        for name, parameter in body.edits.named_parameters():
-            if any(parameter is value for overlay in own_rule for value in overlay.parameters()):
-                continue
-            if name.startswith("weights."):  # one network for each configuration
-                k = int(name.split(".")[1])
-                self.parameters.append((parameter, rates[k] * relative_rate(method, name), decays[k]))
+        self.own: list[tuple[Stack, Tensor]] = []  # what updates itself, with its rates
+        for parameter, lr_scale, k in trained:
+            if k is None:  # the first axis counts configurations
+                shape = (-1, *(1 for _ in parameter.shape[1:]))
+                self.parameters.append((parameter, (rates * lr_scale).view(shape), decays.view(shape)))
             else:
-                self._add_stacked(parameter, rates * relative_rate(method, name), decays)
-        for parameter in heads.parameters():
-            if parameter.requires_grad:
-                self._add_stacked(parameter, rates, decays)
+                self.parameters.append((parameter, rates[k] * lr_scale, decays[k]))
+        for stack in stacks:
+            if stack.updates_itself:
+                lr_scale, *others = {one.lr_scale for one in stack.trained()}
+                assert not others, "an edit that updates itself has one learning rate"
+                self.own.append((stack, rates * lr_scale))
         zeros = [torch.zeros_like(parameter) for parameter, _, _ in self.parameters]
         self.first, self.second = zeros, [zero.clone() for zero in zeros]
         self.num_steps = 0
         self.has_work = bool(self.parameters or self.own)  # heads without parameters may be all there is
-
-    def _add_stacked(self, parameter: nn.Parameter, rates: Tensor, decays: Tensor) -> None:
-        shape = (-1, *(1 for _ in parameter.shape[1:]))
-        self.parameters.append((parameter, rates.view(shape), decays.view(shape)))
 
     @torch.no_grad()
     def step(self, progress: float) -> None:
@@ -78,5 +71,5 @@ class Optimizer:
                 update = first / (1 - 0.9**self.num_steps) / scale
                 parameter.sub_(factor * rate * (update + decay * parameter))
             parameter.grad = None
-        for overlay, rate in self.own:
-            overlay.descend(rate)
+        for stack, rate in self.own:
+            stack.descend(rate)

@@ -1,17 +1,18 @@
-"""What training leaves: a trained configuration, and how it did on the test part."""
+"""What training leaves: a trained configuration, the head of one held still, and how it did on the test part."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from apthory import methods
+from apthory._tools import moved
 from apthory.heads import Heads, HeadSpec
-from apthory.methods import Method, files
-from apthory.methods.pixels import PixelPrompt
+from apthory.methods import AdaptedBackbone, Method, adapted, files
 from apthory.tasks import Split
 from apthory.training.config import Configuration, Recipe
 
@@ -33,36 +34,74 @@ class Fit:
     prompt_norm: float  # Euclidean norm of the prompt, in the activation's units; 0 without a prompt
     relative_norm: float  # prompt_norm divided by the mean norm of the activations
     cache_bytes: int  # memory that the prefix's results took
-    state: dict[str, Tensor] = field(repr=False)
+    state: dict[str, Tensor] = field(repr=False)  # of the edits, as `methods.PreparedBackbone.state` names it
+    head_state: dict[str, Tensor] = field(repr=False)
     head_spec: HeadSpec  # the kind of head
     head_shape: tuple[int, int]  # features and classes
+    classes: tuple[str, ...] = field(repr=False)
+    transform: str = field(repr=False)  # how the task's images became pixels
 
     @property
-    def prompt(self) -> methods.ActivationPrompt | PixelPrompt:
-        """The trained prompt, in the units of the activation."""
-        if "edits.prompt.values" not in self.state:
-            raise ValueError(f"the method {self.method.name!r} has no prompt")
-        overlays = self.method.build(self.backbone, 1).overlays if self.method.site == ":input" else []
-        if overlays:
-            load_stacked(overlays[0], [self.state], "edits.prompt.")
-            return PixelPrompt(overlays[0]).requires_grad_(False)
-        delta = self.state["edits.prompt.unit"][0] * self.state["edits.prompt.values"][0]
-        return methods.ActivationPrompt(self.method.site, delta, self.method.shape).requires_grad_(False)
+    def prompt(self) -> methods.ActivationPrompt | methods.PixelPrompt:
+        """The trained prompt, in the units of the activation.
+
+        Raises:
+            ValueError: If the method has no prompt.
+        """
+        return self.model.prompt
 
     @property
     def head(self) -> nn.Module:
         """The head as an ordinary module on the backbone's features."""
         return restored_heads([self]).cpu().export(0)
 
-    @property
-    def model(self) -> methods.PromptedBackbone:
-        """Backbone, prompt and head as one module that maps normalized images to logits."""
-        device = next(self.backbone.parameters()).device
-        return methods.PromptedBackbone(self.backbone, self.prompt, self.head).to(device)
+    @cached_property
+    def model(self) -> AdaptedBackbone:
+        """Backbone, what was trained, and head as one module that maps normalized images to logits."""
+        names = {"classes": self.classes, "transform": self.transform}
+        return adapted.adapt(self.backbone, self.method, self.state, self.head, **names)
 
     def save(self, path: str | Path) -> Path:
-        """Write prompt and head, without the backbone; `apthory.load_prompt` reads them back."""
-        return files.save(path, self.prompt, self.backbone, self.head)
+        """Write what was trained and the head, without the backbone; `apthory.load_prompt` reads them back."""
+        return files.save_model(path, self.model)
+
+    def __getitem__(self, index: int) -> "Fit":
+        # Up to version 0.1 one fit was a list of one.
+        if index != 0:
+            raise IndexError("this is one fit, not a list of fits")
+        moved.warn_user("taking one fit out of a list", "the fit itself: fit() returns a list only for a list")
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenHead:
+    """The trained heads of earlier fits, held still: what is trained beside them is the method's edits alone.
+
+    Args:
+        fits: One for each configuration.
+    """
+
+    fits: Sequence[Fit]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.fits, Fit):
+            object.__setattr__(self, "fits", [self.fits])
+        if kinds := {type(fit).__name__ for fit in self.fits} - {"Fit"}:
+            raise ValueError(f"FrozenHead takes fits, one for each configuration; got a {', '.join(sorted(kinds))}")
+        names = sorted({type(fit.head_spec).__name__ for fit in self.fits})
+        if len(names) != 1:
+            raise ValueError(f"FrozenHead takes fits with one kind of head; these have {' and '.join(names) or 'none'}")
+
+    @property
+    def spec(self) -> HeadSpec:
+        """The kind of these heads."""
+        return self.fits[0].head_spec
+
+    def __getitem__(self, part: slice) -> "FrozenHead":
+        return FrozenHead(self.fits[part])
+
+
+Head = HeadSpec | FrozenHead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,22 +110,30 @@ class Evaluation:
 
     accuracy: float  # percent
     correct: Bool[Tensor, " image"]  # by test image, in the order of the split
+    recall: Float[Tensor, " class"]  # percent of each class's images that are right; nan for a class without images
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """Percent: the mean of the classes' recalls, so that a class counts the same however many images it has."""
+        return float(self.recall.nanmean())
+
+    @classmethod
+    def of(
+        cls, correct: Bool[Tensor, " image"], labels: Int64[Tensor, " image"], num_classes: int
+    ) -> "Evaluation":
+        """From which images are right, and of which class they are."""
+        hits = torch.bincount(labels[correct], minlength=num_classes).double()
+        recall = 100 * hits / torch.bincount(labels, minlength=num_classes)  # 0 / 0 is nan
+        return cls(accuracy=100 * int(correct.sum()) / len(correct), correct=correct, recall=recall)
 
 
 def restored_heads(fits: Sequence[Fit]) -> Heads:
     """The trained heads of these fits, stacked."""
     heads = fits[0].head_spec.build(len(fits), *fits[0].head_shape, [torch.Generator() for _ in fits])
-    load_stacked(heads, [one.state for one in fits], "heads.")
+    load_heads(heads, fits)
     return heads
 
 
-def load_stacked(module: nn.Module, states: Sequence[dict[str, Tensor]], part: str) -> None:
-    """Stack the states of several configurations again."""
-    together: dict[str, Tensor] = {}
-    for name in (key.removeprefix(part) for key in states[0] if key.startswith(part)):
-        if name.startswith("weights.0."):
-            for k, state in enumerate(states):
-                together[f"weights.{k}.{name.removeprefix('weights.0.')}"] = state[part + name]
-        else:
-            together[name] = torch.cat([state[part + name] for state in states])
-    module.load_state_dict(together)
+def load_heads(heads: Heads, fits: Sequence[Fit]) -> None:
+    """Take over the trained values of as many heads as there are."""
+    heads.load_state_dict({name: torch.stack([fit.head_state[name] for fit in fits]) for name in heads.state_dict()})

@@ -10,7 +10,7 @@ References:
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from apthory import backbones
+from apthory.methods.edits import Stack, Trained, check_scale
 from apthory.methods.pixels.augmentation import Diversity, flipped_and_cropped, randaugmented
 from apthory.methods.pixels.regions import MaskGenerator, by_pixel, decide, decide_softly, gumbel, laplacian
 
@@ -126,7 +127,7 @@ def shrunk(x: Float[Tensor, "batch channel height width"], layout: Layout) -> Te
     return small.clamp(-mean / std, (1 - mean) / std)
 
 
-class Overlay(nn.Module):
+class Overlay(Stack):
     """Pixel prompts for a bundle of configurations; given shrunk images, it returns prompted ones of full size.
 
     What is random (augmentation, the place of a random patch, Gumbel noise) is drawn while `generators` is set, that
@@ -143,7 +144,12 @@ class Overlay(nn.Module):
         temperature: Of Gumbel-Softmax, in the first epoch.
         decay: What the temperature is multiplied by after every epoch.
         floor: The temperature does not fall below it.
+        lr_scale: Learning rate of the prompt, relative to that of the head.
+        generator_lr_scale: The same of the mask generator.
     """
+
+    constructed_alike = True
+    sees_input = False
 
     def __init__(
         self,
@@ -156,13 +162,17 @@ class Overlay(nn.Module):
         temperature: float = 5.0,
         decay: float = 0.98,
         floor: float = 0.1,
+        lr_scale: float = 1.0,
+        generator_lr_scale: float = 1.0,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
+        self.num, self.lr_scale, self.generator_lr_scale = num, lr_scale, generator_lr_scale
         self.layout, self.init, self.diversity, self.normalization = layout, init, tuple(diversity), normalization
         self.first_temperature, self.decay, self.floor = temperature, decay, floor
         self.generators: Sequence[torch.Generator] = ()
         self.is_calibrating = False
-        self.place: Tensor
+        self.place = ":input"
+        self.pixels: Tensor
         self.background: Tensor
         self.unit: Tensor
         self.activation_norm: Tensor
@@ -173,7 +183,7 @@ class Overlay(nn.Module):
         self.values = nn.Parameter(torch.zeros(num, *self.unit_shape))
         self.masks = None if layout.region is None else MaskGenerator(num, layout.dim, layout.region)
         black = -mean / std if layout.around and not layout.normalized else torch.zeros_like(mean)
-        self.register_buffer("place", pixels, persistent=False)  # in a flattened image
+        self.register_buffer("pixels", pixels, persistent=False)  # in a flattened image
         self.register_buffer("background", black * layout.mask, persistent=False)  # of a shrunk image
         unit = torch.ones_like(std) if layout.normalized else 1 / std
         self.register_buffer("unit", unit.view(-1, 1).repeat(num, 1, 1))
@@ -197,6 +207,7 @@ class Overlay(nn.Module):
         num = len(self.values)
         if self.is_calibrating:
             self.activation_norm.copy_(x.detach().unflatten(0, (num, -1)).float().flatten(2).norm(dim=2).mean(1))
+            check_scale(self.activation_norm, self.place)
         if self.generators and self.diversity:
             x = self._diversified(x)
         canvas = self._canvas()
@@ -255,6 +266,44 @@ class Overlay(nn.Module):
         self.values.sub_((self.cosine * rates).view(-1, 1, 1) * gradient)
         self.values.grad = None
 
+    @property
+    def updates_itself(self) -> bool:
+        return self.normalization is not None
+
+    def trained(self) -> Iterator[Trained]:
+        yield Trained(self.values, self.lr_scale, None)
+        if self.masks is not None:
+            for parameter in self.masks.parameters():
+                yield Trained(parameter, self.generator_lr_scale, None)
+
+    def state(self, configuration: int) -> dict[str, Tensor]:
+        return {name: value[configuration].detach().clone().cpu() for name, value in self.state_dict().items()}
+
+    def load(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        self.load_state_dict({name: torch.stack([state[name] for state in states]) for name in self.state_dict()})
+
+    def single(self, configuration: int) -> "Overlay":
+        """The prompt of one configuration, as a stack of one."""
+        fields = {"init": self.init, "diversity": self.diversity, "normalization": self.normalization}
+        overlay = Overlay(self.layout, **fields).to(self.values.device)
+        overlay.load([self.state(configuration)])
+        return overlay
+
+    def export(self, configuration: int) -> "PixelPrompt":
+        return PixelPrompt(self.single(configuration)).requires_grad_(False)
+
+    def weights(self, configuration: int) -> dict[str, Tensor]:
+        return {}
+
+    def prompt_norm(self, configuration: int, activations: Callable[[], Sequence[Tensor]]) -> tuple[float, float]:
+        """Where the prompt differs between images (AdaViPro), the mean over the images that cross the cut."""
+        overlay = self.single(configuration)
+        if overlay.masks is not None:
+            norm = float(overlay.added_norm(*activations()))
+        else:
+            norm = float((overlay.unit[0] * overlay.values[0]).detach().norm())
+        return norm, float(overlay.activation_norm)
+
     def _diversified(self, x: Tensor) -> Tensor:
         flip, crop = "flip" in self.diversity, "crop" in self.diversity
         if flip or crop:
@@ -267,7 +316,7 @@ class Overlay(nn.Module):
     def _canvas(self) -> Float[Tensor, "num channel height width"]:
         """The prompts on empty images, in their own units."""
         num, size = len(self.values), self.layout.size
-        place = self.place.expand(num, 1, -1)
+        place = self.pixels.expand(num, 1, -1)
         if self.layout.place == "random_patch":
             free = size - self.layout.width
             draws = [torch.randint(free + 1, (2,), generator=generator) for generator in self.generators]
@@ -280,7 +329,7 @@ class Overlay(nn.Module):
 class PixelPrompt(nn.Module):
     """One trained pixel prompt: maps normalized images of the backbone's size to prompted ones, with nothing random.
 
-    It is an edit at the site ``:input``, so that `methods.PromptedBackbone` makes a model of it.
+    It is an edit at the site ``:input``, so that `methods.AdaptedBackbone` makes a model of it.
     """
 
     site = ":input"
