@@ -99,7 +99,7 @@ def test_only_the_prompt_learns():
     prompted = AdaptedBackbone(backbone, ActivationPrompt.zeros(backbone, "blocks.1:input"))
     prompted(x).sum().backward()
     assert prompted.prompt.delta.grad.abs().sum() > 0
-    assert [name for name, p in prompted.named_parameters() if p.grad is not None] == ["prompt.delta"]
+    assert [name for name, p in prompted.named_parameters() if p.grad is not None] == ["edits.0.delta"]
 
 
 def test_gradients_of_a_prompt_are_right():

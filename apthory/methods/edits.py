@@ -294,8 +294,8 @@ class Affine(Edit):
         self.unit = float(square.mean().sqrt())
         keeps_beta = parameters == "gamma" and bias is not None
         self.register_buffer("beta", bias.detach().view(shape) if keeps_beta else None, persistent=False)
-        self.scale = nn.Parameter(torch.zeros(shape)) if parameters in ("gamma", "both") else None
-        self.shift = nn.Parameter(torch.zeros(shape)) if parameters in ("beta", "both") else None
+        for tensor, kinds in (("scale", ("gamma", "both")), ("shift", ("beta", "both"))):
+            self.register_parameter(tensor, nn.Parameter(torch.zeros(shape)) if parameters in kinds else None)
 
     def forward(self, y: Float[Tensor, "batch *unit"]) -> Float[Tensor, "batch *unit"]:
         z = y

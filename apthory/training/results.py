@@ -81,11 +81,10 @@ class FrozenHead:
         fits: One for each configuration.
     """
 
-    fits: Sequence[Fit]
+    fits: Fit | Sequence[Fit]
 
     def __post_init__(self) -> None:
-        if isinstance(self.fits, Fit):
-            object.__setattr__(self, "fits", [self.fits])
+        object.__setattr__(self, "fits", (self.fits,) if isinstance(self.fits, Fit) else tuple(self.fits))
         if kinds := {type(fit).__name__ for fit in self.fits} - {"Fit"}:
             raise ValueError(f"FrozenHead takes fits, one for each configuration; got a {', '.join(sorted(kinds))}")
         names = sorted({type(fit.head_spec).__name__ for fit in self.fits})
