@@ -1,7 +1,8 @@
-"""Claims about sites: a cut changes nothing, an edit is borrowed, a name means one place."""
+"""Claims about sites: a cut changes nothing, an edit is borrowed, a name means one place, a description is right."""
 
 import copy
 import gc
+import json
 import re
 import weakref
 from collections import OrderedDict
@@ -1009,3 +1010,132 @@ def test_the_classifier_after_pooling_does_not_decide_where_channels_lie(name):
     model = timm.create_model(name, num_classes=7).eval()
     site = {"resnet18": "layer4.1:output", "efficientnet_b0": "bn2:output", "vgg11": "features:output"}[name]
     assert sites.channel_axis(model, site, torch.zeros(1, 3, 64, 64)) == -3
+
+
+# ---------------------------------------------------------------------------------------------- descriptions
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_description_says_what_the_verbs_for_one_site_say(family: str):
+    model = tiny.backbone(family)
+    for kind in ("block", "norm", "all"):
+        described = sites.describe(model, kind)
+        assert [site.name for site in described] == sites.list_sites(model, kind)
+        for site in described[::3]:
+            assert site.shape == sites.site_shape(model, site.name)
+            assert site.channel_axis == sites.channel_axis(model, site.name)
+            assert sites.site(model, site.name) == site
+    depths = [site.depth for site in sites.describe(model)]
+    assert depths == [rank / (len(depths) - 1) for rank in range(len(depths))]
+    everywhere = [site.depth for site in sites.describe(model, "all")]
+    assert everywhere == sorted(everywhere)
+
+
+@pytest.mark.parametrize("name", ["vit_micro", "resnet_micro"])
+def test_depths_are_those_of_the_studies(name: str):
+    from apthory.studies import cells
+
+    model = backbones.create(name)
+    for site in sites.describe(model, "all", torch.zeros(1, 3, 64, 64))[::7]:
+        assert site.depth == cells._depth(json.dumps({"name": name}), site.name)
+
+
+def test_any_site_can_be_described_under_any_name():
+    model = tiny.backbone("vit")
+    assert sites.site(model, "blocks.0") == sites.Site("blocks.1:input", (17, 32), -1, 0.5)
+    norms = [sites.site(model, f"blocks.1.norm{k}").depth for k in (1, 2)]
+    assert norms == pytest.approx([0.5 + 1 / 12, 0.5 + 1 / 6])
+    assert sites.site(model, "blocks.1.attn.qkv") == sites.Site("blocks.1.attn.qkv:output", (17, 96), -1, 0.625)
+    assert sites.site(model, ":output").depth == 1
+    with pytest.raises(ValueError, match=r"no module 'blocks\.9'"):
+        sites.site(model, "blocks.9")
+
+
+def test_descriptions_take_one_trace_and_one_pass_until_the_backbone_changes(monkeypatch: pytest.MonkeyPatch):
+    model = copy.deepcopy(tiny.backbone("resnet"))
+    counts = {"traces": 0, "passes": 0}
+
+    class Counting(tracing._Tracer):
+        def trace(self, root, concrete_args=None):
+            counts["traces"] += 1
+            return super().trace(root, concrete_args)
+
+    def counted(x: Tensor) -> Tensor:
+        counts["passes"] += not isinstance(x, torch.fx.Proxy)
+        return forward(x)
+
+    forward = model.forward
+    model.forward = counted
+    monkeypatch.setattr(tracing, "_Tracer", Counting)
+    described = sites.describe(model)
+    sites.describe(model, "all"), sites.site(model, described[1].name), sites.tree(model, "norm")
+    assert counts == {"traces": 1, "passes": 1}
+    assert sites.describe(model, example=torch.zeros(2, 3, 64, 64))[1].shape == (64, 16, 16)
+    assert counts == {"traces": 1, "passes": 2}
+    model.layer4 = nn.Sequential(*model.layer4, copy.deepcopy(model.layer4[-1]))
+    model.layer4[1].conv1 = nn.Conv2d(32, 32, 3, 1, 1, bias=False)
+    model.layer4[1].downsample = None
+    assert len(sites.describe(model)) == len(described) + 1
+    assert counts == {"traces": 2, "passes": 3}
+
+
+def test_a_description_leaves_a_backbone_in_training_as_it_was():
+    model = copy.deepcopy(tiny.backbone("resnet")).train()
+    before = copy.deepcopy(model.state_dict())
+    sites.describe(model)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Recurring(nn.Module):
+    """Blocks that torch.fx cannot trace: one is called first though it is the second, one is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6)) for _ in range(3)))
+        self.blocks = nn.ModuleList(Doubled(block) for block in self.blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.blocks[0](self.blocks[1](x))
+        return self.blocks[2](self.blocks[2](z)) if z.sum() > -1e9 else z
+
+
+def test_what_cannot_be_traced_is_described_without_channel_axes():
+    model, x = Recurring(), torch.zeros(1, 4, 6)
+    described = sites.describe(model, example=x)
+    names = [":input", "blocks.1:input", "blocks.0:input"]
+    assert described == [sites.Site(name, (4, 6), None, rank / 2) for rank, name in enumerate(names)]
+    norms = sites.describe(model, "norm", x)
+    assert [site.name for site in norms] == ["blocks.1.module.0:output", "blocks.0.module.0:output"]
+    assert [site.depth for site in norms] == [0.75, 1]
+    assert len(sites.describe(model, "all", x)) == 5
+    assert sites.site(model, "blocks.1.module.1", x) == sites.Site("blocks.1.module.1:output", (4, 6), None, 0.875)
+    with pytest.raises(ValueError, match="calls this module more than once"):
+        sites.site(model, "blocks.2", x)
+
+
+def test_a_channel_axis_that_cannot_be_told_is_none():
+    model = nn.Sequential(nn.Sequential(nn.Flatten(), nn.ReLU()))
+    assert [site.channel_axis for site in sites.describe(model, example=torch.zeros(1, 2, 3))] == [None, None]
+
+
+def test_a_tree_is_a_table_of_sites_that_stand_under_their_blocks():
+    tree = sites.tree(tiny.backbone("vit"), "all")
+    assert list(tree) == tree.sites == sites.describe(tiny.backbone("vit"), "all")
+    assert len(tree) == 12
+    assert repr(tree) == str(tree)
+    assert str(tree).splitlines()[:6] == [
+        "VisionTransformer: 12 block and norm sites",
+        "site                     shape        channel axis  depth",
+        ":input                   3 × 32 × 32            -3   0.00",
+        "blocks.0:input           17 × 32                -1   0.25",
+        "  blocks.0.norm1:output  17 × 32                -1   0.33",
+        "  blocks.0.norm2:output  17 × 32                -1   0.42",
+    ]
+    assert str(tree).splitlines()[-1] == "norm:output              17 × 32                -1   1.00"
+    flat = str(sites.tree(tiny.backbone("resnet"))).splitlines()
+    assert flat[0] == "ResNet: 7 block sites"
+    assert len({len(line) for line in flat[1:]}) == 1
+    assert not any(line.startswith(" ") for line in flat)
+    unknown = sites.tree(Branching(), example=torch.zeros(1, 6))
+    assert "unknown" in str(unknown)

@@ -1,4 +1,4 @@
-"""Places in a backbone: list them, read them, edit them, and cut the backbone in two there.
+"""Places in a backbone: list them, describe them, read them, edit them, and cut the backbone in two there.
 
 A *site* is a dotted module name with ``:input`` or ``:output`` behind it (``:output`` if neither is), such as
 ``blocks.2:input``, ``layer4.0:input`` or ``layer3.1.bn2``. The image itself is ``:input``, and the backbone's result
@@ -11,12 +11,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, fx, nn
 
+from apthory.sites.description import Listing, Site, Tree, depths
 from apthory.sites.tracing import (
     CHANNELS_FIRST,
     CHANNELS_LAST,
@@ -30,6 +31,7 @@ from apthory.sites.tracing import (
     example_batch,
     exchanged,
     irreplaceable,
+    kept,
     mark,
     traced,
     upstream,
@@ -66,6 +68,50 @@ def list_sites(backbone: nn.Module, kind: Kind = "block") -> list[str]:
     if kind != "block":
         names += [canonical(affine_output(backbone, name)) for name in called if _is_norm(backbone, name)]
     return trace.ordered(set(names)) if kind == "all" else names
+
+
+def describe(
+    backbone: nn.Module, kind: Kind = "block", example: Float[Tensor, "batch *image"] | None = None
+) -> list[Site]:
+    """The same sites as `list_sites`, each with its shape, channel axis and depth.
+
+    It takes one trace and one forward pass of one image. The result is kept as long as the backbone's structure does
+    not change, for all kinds and by the size of the image. If torch.fx cannot trace the backbone, the channel axes are
+    unknown (None), the order is that of the forward pass, and modules that are not called exactly once are left out.
+
+    Args:
+        backbone: Any module that maps one image batch to one tensor.
+        kind: Which sites; see `list_sites`.
+        example: One image batch, for backbones that do not carry a timm data configuration.
+    """
+    listing = _listing(backbone, example)
+    return [listing.sites[name] for name in listing.names[kind]]
+
+
+def site(backbone: nn.Module, name: str, example: Float[Tensor, "batch *image"] | None = None) -> Site:
+    """What one site is like, under its canonical name: any site, not only those that `list_sites` gives.
+
+    Raises:
+        ValueError: If there is no such site, or if it does not carry one tensor.
+    """
+    name = resolve(backbone, name)
+    listing = _listing(backbone, example)
+    if name not in listing.sites:
+        shape = site_shape(backbone, name, example)  # says what is wrong with the site, if anything is
+        order = [*listing.names["all"], name]
+        order = traced(backbone).ordered(order) if is_traceable(backbone) else [*_shapes(backbone, order, example)]
+        listing.sites |= _described(backbone, {name: shape}, order, listing.names)
+    return listing.sites[name]
+
+
+def tree(backbone: nn.Module, kind: Kind = "block", example: Float[Tensor, "batch *image"] | None = None) -> Tree:
+    """The sites of `describe` as a table: ``print(apthory.sites.tree(backbone))``.
+
+    A site inside a block stands under the block's input, and is indented. The result iterates over its ``.sites``.
+    """
+    described = describe(backbone, kind, example)
+    what = {"block": "block sites", "norm": "norm sites", "all": "block and norm sites"}[kind]
+    return Tree(f"{type(backbone).__name__}: {len(described)} {what}", described)
 
 
 def resolve(backbone: nn.Module, site: str) -> str:
@@ -353,6 +399,56 @@ def _swapped(backbone: nn.Module, replace: Mapping[str, nn.Module]) -> Iterator[
             stack.callback(backbone.register_forward_pre_hook(lambda *_: calls.clear()).remove)
             stack.callback(backbone.register_forward_hook(check).remove)
         yield
+
+
+def _listing(backbone: nn.Module, example: Tensor | None) -> Listing:
+    """What `describe` knows of the backbone; computed when it is first asked for."""
+    size = tuple(example_batch(backbone, 1, example).shape[1:])
+    listings = kept(backbone).listings
+    if size not in listings:
+        if is_traceable(backbone):
+            listed = {kind: list_sites(backbone, kind) for kind in get_args(Kind)}
+            shapes = _shapes(backbone, listed["all"], example)
+            names = {kind: [name for name in listed[kind] if name in shapes] for kind in listed}
+        else:
+            blocks, norms = list_sites(backbone, "block"), list_sites(backbone, "norm")
+            shapes = _shapes(backbone, blocks + norms, example)
+            listed = {"block": blocks, "norm": norms, "all": blocks + norms}
+            names = {kind: [name for name in shapes if name in listed[kind]] for kind in listed}
+        listings[size] = Listing(names, _described(backbone, shapes, names["all"], names))
+    return listings[size]
+
+
+def _shapes(backbone: nn.Module, sites: Sequence[str], example: Tensor | None) -> dict[str, tuple[int, ...]]:
+    """Shapes without the batch axis, in the order of a forward pass, of the sites that it meets once, with a tensor."""
+    met: dict[str, list[Any]] = {}
+
+    def note(name: str, z: Any) -> Any:
+        met.setdefault(name, []).append(z.shape[1:] if isinstance(z, Tensor) else None)
+        return z
+
+    with torch.no_grad(), _evaluating(backbone), edited(backbone, {name: partial(note, name) for name in sites}):
+        backbone(example_batch(backbone, 1, example))
+    return {name: tuple(shapes[0]) for name, shapes in met.items() if len(shapes) == 1 and shapes[0] is not None}
+
+
+def _described(
+    backbone: nn.Module, shapes: Mapping[str, tuple[int, ...]], order: Sequence[str], names: Mapping[str, Sequence[str]]
+) -> dict[str, Site]:
+    """Descriptions of the sites with these shapes.
+
+    Args:
+        order: These sites and all of `names`, as the backbone computes them.
+        names: The sites that `list_sites` gives, by kind.
+    """
+    axes: dict[str, int | None] = dict.fromkeys(shapes)
+    with suppress(UntraceableError):
+        trace = traced(backbone)
+        for name, shape in shapes.items():
+            with suppress(ValueError):  # where the axis cannot be told
+                axes[name] = _channel_axis(trace, trace.marks[name], name, shape)
+    depth = depths(order, names["all"], names["block"])
+    return {name: Site(name, shape, axes[name], depth[name]) for name, shape in shapes.items()}
 
 
 @contextmanager

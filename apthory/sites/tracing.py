@@ -16,6 +16,8 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from apthory.sites.description import Listing
+
 Edit = Callable[[Tensor], Tensor]
 NORMS = (
     nn.modules.batchnorm._BatchNorm,
@@ -49,6 +51,7 @@ class Kept:
 
     structure: list[tuple[Any, ...]]  # as `_structure` gives it
     traces: dict[frozenset[str], "Trace | str"] = field(default_factory=dict)  # by leaves; or the reason for none
+    listings: dict[tuple[int, ...], Listing] = field(default_factory=dict)  # by the shape of one image
 
 
 def kept(backbone: nn.Module) -> Kept:
