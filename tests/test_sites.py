@@ -574,6 +574,26 @@ def test_a_part_that_others_share_stays_with_them_when_its_owner_is_replaced():
     torch.testing.assert_close(suffix(*prefix(x)), model.last(new(x)) * model.last.weight.mean(), rtol=0, atol=0)
 
 
+def test_a_module_that_never_sees_the_image_is_replaced_where_all_its_users_lie_after_the_cut():
+    """So are the networks that make position biases from a table, as in Swin V2."""
+
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(6))
+            self.first, self.bias, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x) + self.bias(self.table))
+
+    model, x, replace = Biased(), torch.randn(2, 6), {"bias": Adapter(nn.Linear(6, 6))}
+    prefix, suffix = sites.split(model, "first:output", example=x, replace=replace)
+    with sites.edited(model, {}, replace=replace):
+        assert torch.equal(suffix(*prefix(x)), model(x))
+    with pytest.raises(ValueError, match=r"does not call 'bias'.* after the cut at 'last:input'; cut before"):
+        sites.split(model, "last:input", example=x, replace=replace)
+
+
 def test_a_model_that_cannot_be_traced_holds_the_new_module_while_it_runs():
     model, x, new = Branching(), torch.randn(4, 6), Adapter(nn.Linear(6, 6))
     edits = {"last:input": torch.tanh}

@@ -220,9 +220,9 @@ class Trace:
             call = self.calls[name]
             only_after = call not in varying and all(user in after for user in downstream(call) if user in varying)
             if call not in after and not only_after:
+                hint = f"cut at '{name}:input' or earlier" if call in varying else "cut before its result is used"
                 raise ValueError(
-                    f"the backbone does not call {name!r}, which is to be replaced, after the cut at {site!r}; "
-                    f"cut at '{name}:input' or earlier"
+                    f"the backbone does not call {name!r}, which is to be replaced, after the cut at {site!r}; {hint}"
                 )
         crossing = [n for n in self.graph.nodes if n in varying and n not in after and any(u in after for u in n.users)]
         crossing = [place] + [node for node in crossing if node is not place]
