@@ -1,10 +1,13 @@
-"""Claims about sites: a cut changes nothing, an edit is borrowed, a name means one place."""
+"""Claims about sites: a cut changes nothing, an edit is borrowed, a name means one place, a description is right."""
 
 import copy
 import gc
+import json
+import re
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 
 import pytest
@@ -307,6 +310,331 @@ def test_edits_nest():
             assert torch.equal(model(x), nested)
 
 
+# ---------------------------------------------------------------------------------------------- replace
+
+
+class Adapter(nn.Module):
+    """A layer and, added to what it gives, a map of low rank of its input."""
+
+    def __init__(self, layer: nn.Linear, rank: int = 2) -> None:
+        super().__init__()
+        self.layer = layer
+        generator = torch.Generator().manual_seed(0)
+        self.down = nn.Parameter(torch.randn(rank, layer.in_features, generator=generator))
+        self.up = nn.Parameter(0.1 * torch.randn(layer.out_features, rank, generator=generator))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.layer(z) + z @ self.down.T @ self.up.T
+
+
+class Doubled(nn.Module):
+    """A module whose result counts twice."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        return 2 * self.module(*args, **kwargs)
+
+
+REPLACED = {
+    "vit": ["blocks.1.attn.qkv", "blocks.1.norm1", "blocks.1", "blocks.2.attn", "blocks.1.mlp", "blocks"],
+    "resnet": ["layer1.1.act1", "layer2.0.downsample", "layer1.1", "layer3"],
+    "swin": ["layers.1.blocks.0.attn.qkv", "layers.0.blocks.1", "layers.0.blocks.1.attn", "layers.1.downsample"],
+    "convnext": ["stages.1.blocks.1.conv_dw", "stages.1.blocks.0", "stages.1.blocks.1.mlp", "stages.2"],
+    "mobilenetv2": ["blocks.3.1.bn3", "blocks.2.0"],
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", REPLACED)
+def test_a_module_replaced_by_itself_is_the_backbone_bit_for_bit(family: str):
+    model, x = tiny.backbone(family), tiny.images(family, 4)
+    y, before = model(x), backbones.digest(model)
+    for name in REPLACED[family]:
+        module = model.get_submodule(name)
+        for site in (":input", f"{name}:input"):
+            prefix, suffix = sites.split(model, site, replace={name: module})
+            crossing = prefix(x)
+            kept = [z.clone() for z in crossing]
+            assert torch.equal(suffix(*crossing), y), (name, site)
+            assert all(map(torch.equal, crossing, kept)), f"{name}: the suffix wrote into its input"
+            assert suffix.get_submodule(name) is module
+        with sites.edited(model, {}, replace={name: module}):
+            assert torch.equal(model(x), y), name
+    assert backbones.digest(model) == before
+    assert num_hooks(model) == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", REPLACED)
+def test_replacing_in_the_suffix_does_what_swapping_the_module_does(family: str):
+    model, x = tiny.backbone(family), tiny.images(family, 4)
+    for name in REPLACED[family]:
+        new = Doubled(model.get_submodule(name))
+        by_hand = copy.deepcopy(model)
+        by_hand.set_submodule(name, copy.deepcopy(new))
+        prefix, suffix = sites.split(model, f"{name}:input", replace={name: new})
+        assert torch.equal(suffix(*prefix(x)), by_hand(x)), name
+        with sites.edited(model, {}, replace={name: new}):
+            assert torch.equal(model(x), by_hand(x)), name
+        assert not torch.equal(model(x), by_hand(x)), name
+
+
+def test_an_adapter_sees_the_input_of_its_layer_and_is_trained_in_the_suffix():
+    model, x = tiny.backbone("vit", torch.float64), tiny.images("vit", 3, dtype=torch.float64)
+    adapter = Adapter(model.blocks[1].attn.qkv).double()
+    by_hand = copy.deepcopy(model)
+    by_hand.blocks[1].attn.qkv = copy.deepcopy(adapter)
+    prefix, suffix = sites.split(model, "blocks.1:input", replace={"blocks.1.attn.qkv": adapter})
+    assert torch.equal(suffix(*prefix(x)), by_hand(x))
+    trainable = {name: parameter for name, parameter in suffix.named_parameters() if parameter.requires_grad}
+    assert list(trainable) == ["blocks.1.attn.qkv.down", "blocks.1.attn.qkv.up"]
+    gradients = torch.autograd.grad(suffix(*prefix(x)).square().sum(), list(trainable.values()))
+    other = by_hand.blocks[1].attn.qkv
+    expected = torch.autograd.grad(by_hand(x).square().sum(), [other.down, other.up])
+    torch.testing.assert_close(gradients, expected)
+    assert isinstance(model.blocks[1].attn.qkv, nn.Linear)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["blocks.1.attn.qkv", "blocks.1"])
+def test_edits_at_a_replaced_module_act_before_and_after_the_new_one(name: str):
+    model, x = tiny.backbone("vit"), tiny.images("vit", 3)
+    new = Doubled(model.get_submodule(name))
+    edits = {f"{name}:output": torch.tanh, f"{name}:input": lambda z: z + 1, "blocks.2.norm1": lambda z: 3 * z}
+
+    class Around(nn.Module):
+        def forward(self, z: Tensor) -> Tensor:
+            return new(z + 1).tanh()
+
+    by_hand = copy.deepcopy(model)
+    by_hand.set_submodule(name, Around())
+    by_hand.blocks[2].norm1.register_forward_hook(lambda _, args, output: 3 * output)
+    expected = by_hand(x)
+    prefix, suffix = sites.split(model, "blocks.1:input", edits, replace={name: new})
+    assert torch.equal(suffix(*prefix(x)), expected)
+    with sites.edited(model, edits, replace={name: new}):
+        assert torch.equal(model(x), expected)
+    assert num_hooks(model) == num_hooks(new) == 0
+
+
+@torch.no_grad()
+def test_the_ends_of_a_replaced_stage_are_sites_under_all_their_names():
+    """The canonical name of a stage's input is that of its first block's, which is not called any more."""
+    model, x = tiny.backbone("resnet"), tiny.images("resnet", 3)
+    replace = {"layer2": nn.Sequential(model.layer2, nn.Tanh())}
+    by_hand = copy.deepcopy(model)
+    by_hand.layer2 = copy.deepcopy(replace["layer2"])
+    by_hand.layer2.register_forward_pre_hook(lambda _, args: (args[0] + 1,))
+    edits = {"layer2.0:input": lambda z: z + 1}
+    prefix, suffix = sites.split(model, "layer2.0:input", edits, replace=replace)
+    assert torch.equal(suffix(*prefix(x)), by_hand(x))
+    with sites.edited(model, edits, replace=replace):
+        assert torch.equal(model(x), by_hand(x))
+
+
+@torch.no_grad()
+def test_blocks_may_change_places_but_an_edit_must_have_one():
+    model, x = tiny.backbone("vit"), tiny.images("vit", 3)
+    changed = {"blocks.1": model.blocks[2], "blocks.2": model.blocks[1]}
+    twice = {"blocks.1": model.blocks[2]}
+    for replace in (changed, twice):
+        by_hand = copy.deepcopy(model)
+        for name, module in replace.items():
+            by_hand.set_submodule(name, copy.deepcopy(module))
+        prefix, suffix = sites.split(model, "blocks.1:input", replace=replace)
+        assert torch.equal(suffix(*prefix(x)), by_hand(x))
+        with sites.edited(model, {}, replace=replace):
+            assert torch.equal(model(x), by_hand(x))
+    with (
+        pytest.raises(ValueError, match=r"edit at 'blocks.1:output' would act in several places.*nn.Sequential"),
+        sites.edited(model, {"blocks.1": torch.tanh}, replace=twice),
+    ):
+        raise AssertionError("never entered")
+    assert num_hooks(model) == 0
+
+
+@torch.no_grad()
+def test_replaced_modules_are_restored_always_and_nest():
+    model, x = tiny.backbone("vit"), tiny.images("vit", 2)
+    modules, new = dict(model.named_modules()), Doubled(model.blocks[1])
+
+    def scaled(factor: float) -> Tensor:
+        with sites.edited(model, {"blocks.1": lambda z: factor * z}):
+            return model(x)
+
+    twofold, fourfold = scaled(2), scaled(4)
+    with sites.edited(model, {}, replace={"blocks.1": new}):
+        assert model.blocks[1] is new
+        with sites.edited(model, {}, replace={"blocks.1": Doubled(new)}):
+            assert torch.equal(model(x), fourfold)
+        with sites.edited(model, {}, replace={"blocks.1": nn.Identity()}):  # the outer new module is not called
+            assert not torch.equal(model(x), twofold)
+        assert torch.equal(model(x), twofold)
+    with pytest.raises(ZeroDivisionError), sites.edited(model, {}, replace={"blocks.1": new, "blocks.2": Fails()}):
+        model(x)
+    assert dict(model.named_modules()) == modules
+    assert num_hooks(model) == num_hooks(new) == 0
+
+
+class Fails(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return z / (1 // 0)
+
+
+def cut_at_the_last_block(model: nn.Module, replace: dict[str, nn.Module]) -> None:
+    sites.split(model, "blocks.2:input", replace=replace)
+
+
+def run_edited(model: nn.Module, replace: dict[str, nn.Module]) -> None:
+    with sites.edited(model, {}, replace=replace):
+        model(tiny.images("vit", 1))
+
+
+@pytest.mark.parametrize("verb", [cut_at_the_last_block, run_edited])
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["blocks.9"], r"no module 'blocks\.9'.*'blocks' has the children 0 to 2"),
+        (["blocks.2:input"], r"cannot replace the site 'blocks\.2:input'; name the module, 'blocks\.2'"),
+        ([""], "cannot replace '', the whole backbone; name a module inside it"),
+        (
+            ["blocks.2", "blocks.2.attn.qkv"],
+            r"'blocks\.2\.attn\.qkv' inside 'blocks\.2', which is replaced too; build it",
+        ),
+        (
+            ["blocks.2.attn.qkv", "blocks.2"],
+            r"'blocks\.2\.attn\.qkv' inside 'blocks\.2', which is replaced too; build it",
+        ),
+    ],
+)
+def test_what_cannot_be_replaced_is_refused(verb: Callable, names: list[str], message: str):
+    model = tiny.backbone("vit")
+    with pytest.raises(ValueError, match=message):
+        verb(model, dict.fromkeys(names, nn.Identity()))
+    assert num_hooks(model) == 0
+
+
+@pytest.mark.parametrize("cut", [True, False])
+@pytest.mark.parametrize(("name", "reason"), [("twice", "more than once|it 2 times"), ("never", "never calls it")])
+def test_a_module_called_twice_or_never_cannot_be_replaced(name: str, reason: str, cut: bool):
+    model, x, replace = Plain(), torch.zeros(2, 6), {name: nn.Linear(6, 6)}
+    message = rf"cannot replace '{name}': the backbone .*({reason}); replace a module that it calls once"
+    with ExitStack() as stack:
+        if not cut:
+            stack.enter_context(sites.edited(model, {}, replace=replace))
+        with pytest.raises(ValueError, match=message):
+            sites.split(model, "first:input", example=x, replace=replace) if cut else model(x)
+
+
+def test_a_module_in_two_places_cannot_be_replaced():
+    layer = nn.Linear(6, 6)
+    model = nn.Sequential(OrderedDict(one=layer, other=layer))
+    with (
+        pytest.raises(ValueError, match="has this module in 2 places; give each place a copy"),
+        sites.edited(model, {}, replace={"one": nn.Tanh()}),
+    ):
+        raise AssertionError("never entered")
+
+
+def test_a_replaced_module_lies_after_the_cut_and_no_site_inside_it():
+    model, new = tiny.backbone("vit"), {"blocks.1": nn.Identity()}
+    for site in ("blocks.2:input", "blocks.1:output", ":output"):
+        with pytest.raises(ValueError, match=r"does not call 'blocks.1'.* after the cut.*cut at 'blocks.1:input'"):
+            sites.split(model, site, replace=new)
+    inside = r"site 'blocks.1.norm2:input' lies inside 'blocks.1', which is replaced.*choose 'blocks.1:input'"
+    for arguments in [("blocks.1.norm2:input",), (":input", {"blocks.1.norm2:input": torch.tanh})]:
+        with pytest.raises(ValueError, match=inside):
+            sites.split(model, *arguments, replace=new)
+    with (
+        pytest.raises(ValueError, match=inside),
+        sites.edited(model, {"blocks.1.norm2:input": torch.tanh}, replace=new),
+    ):
+        raise AssertionError("never entered")
+
+
+def test_a_part_that_others_share_stays_with_them_when_its_owner_is_replaced():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Sequential(nn.Linear(6, 6)), nn.Linear(6, 6)
+            self.last.weight = self.first[0].weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x)) * self.first[0].weight.mean()
+
+    model, x, new = Tied(), torch.randn(2, 6), nn.Sequential(nn.Linear(6, 6))
+    prefix, suffix = sites.split(model, ":input", example=x, replace={"first": new})
+    assert list(dict(new.named_parameters())) == ["0.weight", "0.bias"]
+    assert new in set(suffix.modules())
+    with sites.edited(model, {}, replace={"first": new}):
+        assert model.first is new  # which has the weight that the forward pass reads, too
+    torch.testing.assert_close(suffix(*prefix(x)), model.last(new(x)) * model.last.weight.mean(), rtol=0, atol=0)
+
+
+def test_a_module_that_never_sees_the_image_is_replaced_where_all_its_users_lie_after_the_cut():
+    """So are the networks that make position biases from a table, as in Swin V2."""
+
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(6))
+            self.first, self.bias, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x) + self.bias(self.table))
+
+    model, x, replace = Biased(), torch.randn(2, 6), {"bias": Adapter(nn.Linear(6, 6))}
+    prefix, suffix = sites.split(model, "first:output", example=x, replace=replace)
+    with sites.edited(model, {}, replace=replace):
+        assert torch.equal(suffix(*prefix(x)), model(x))
+    with pytest.raises(ValueError, match=r"does not call 'bias'.* after the cut at 'last:input'; cut before"):
+        sites.split(model, "last:input", example=x, replace=replace)
+
+
+def test_a_model_that_cannot_be_traced_holds_the_new_module_while_it_runs():
+    model, x, new = Branching(), torch.randn(4, 6), Adapter(nn.Linear(6, 6))
+    edits = {"last:input": torch.tanh}
+    with pytest.warns(UserWarning, match="whole backbone runs at every step"):
+        prefix, suffix = sites.split(model, "first", edits, replace={"last": new})
+    with sites.edited(model, edits, replace={"last": new}):
+        expected = model(x)
+    assert torch.equal(suffix(*prefix(x)), expected)
+    assert not torch.equal(model(x), expected)
+    assert model.last is not new
+    assert {"down", "up"} <= {name.rpartition(".")[2] for name, _ in suffix.named_parameters()}
+    with pytest.raises(ValueError, match="no module 'lost'"), pytest.warns(UserWarning, match="cannot trace"):
+        sites.split(model, "first", replace={"lost": new})
+
+
+def test_what_only_a_whole_module_makes_untraceable_runs_whole():
+    """A tuple from a block that is called as a whole cannot be looped over; the block's inside shows how long it is."""
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [self.part(x), x]
+
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pair = Pair()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return sum(z for z in self.pair(x))
+
+    model, x = Loop(), torch.randn(2, 6)
+    new = Pair()
+    with pytest.warns(UserWarning, match=r"cannot trace Loop with 'pair' as a whole"):
+        prefix, suffix = sites.split(model, ":input", replace={"pair": new})
+    torch.testing.assert_close(suffix(*prefix(x)), new.part(x) + x)
+
+
 # ---------------------------------------------------------------------------------------------- capture
 
 
@@ -466,6 +794,11 @@ def test_a_backbone_is_traced_anew_only_when_it_has_changed(monkeypatch: pytest.
             return super().trace(root, concrete_args)
 
     monkeypatch.setattr(tracing, "_Tracer", Counting)
+    with pytest.raises(ValueError, match="cannot trace Branching"):
+        sites.channel_axis(branching := Branching(), "first", torch.zeros(1, 6))
+    assert not sites.is_traceable(branching)
+    assert len(traced) == 1  # what cannot be traced is tried once
+    traced.clear()
     model = nn.Sequential(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), nn.Sequential(nn.Linear(6, 6), nn.Dropout()))
     x = torch.randn(2, 6)
     sites.split(model, ":input", example=x)
@@ -481,6 +814,9 @@ def test_a_backbone_is_traced_anew_only_when_it_has_changed(monkeypatch: pytest.
     prefix, suffix = sites.split(model, "1:input", example=x)
     torch.testing.assert_close(suffix(*prefix(x)), model(x), rtol=0, atol=0)
     assert len(traced) == 3
+    for replace in ({"0": nn.Tanh()}, {"0": nn.Identity()}, {"0.1": nn.Tanh()}):  # one trace with "0" as a whole
+        sites.split(model, ":input", example=x, replace=replace)
+    assert len(traced) == 4
 
 
 @pytest.mark.parametrize("family", ["vit", "swin"])
@@ -529,8 +865,42 @@ def test_an_unknown_site_suggests_the_nearest_names(verb: Callable):
         verb(tiny.backbone("vit"), "block.1")
 
 
+@pytest.mark.parametrize(
+    ("site", "message"),
+    [
+        ("blocks.99", "no module 'blocks.99' in this VisionTransformer; 'blocks' has the children 0 to 2"),
+        ("blocks.1.atn", "; did you mean 'blocks.1.attn'? 'blocks.1' has the children attn, norm1, ls1, drop_path1, "),
+        (
+            "blocks.1.atn.qkv:input",
+            "no module 'blocks.1.atn.qkv' in this VisionTransformer; did you mean 'blocks.1.attn.q",
+        ),
+        ("blocks.1.norm3", "did you mean 'blocks.1.norm2' or 'blocks.1.norm1'? 'blocks.1' has"),
+        ("blocks.1.norm1.weight", "; 'blocks.1.norm1' has no children"),
+        ("attn.qkv", "did you mean 'blocks.2.attn.qkv' or 'blocks.1.attn.qkv' or"),
+    ],
+)
+def test_an_unknown_site_names_the_children_there_are(site: str, message: str):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sites.resolve(tiny.backbone("vit"), site)
+
+
+def test_many_children_are_not_all_named():
+    model = nn.ModuleDict({"part": nn.ModuleDict({f"{letter}_{letter}": nn.Linear(2, 2) for letter in "abcdefghijkl"})})
+    with pytest.raises(ValueError, match=r"'part' has the children a_a, b_b, .*, j_j, \.\.\.$"):
+        sites.resolve(model, "part.QQ")
+    model = nn.ModuleDict({"part": nn.ModuleDict({name: nn.Linear(2, 2) for name in ("0", "1", "4", "5", "6", "z")})})
+    with pytest.raises(ValueError, match=r"'part' has the children 0, 1, 4 to 6, z$"):
+        sites.resolve(model, "part.QQ")
+
+
+def test_the_second_name_of_a_module_points_to_its_first():
+    layer = nn.Linear(6, 6)
+    with pytest.raises(ValueError, match="no module 'b' in this ModuleDict of its own: that is another name of 'a'"):
+        sites.resolve(nn.ModuleDict({"a": layer, "b": layer}), "b")
+
+
 def test_a_site_unlike_any_other_points_to_the_list():
-    with pytest.raises(ValueError, match=r"no module 'QQQQ'.*list_sites"):
+    with pytest.raises(ValueError, match=r"no module 'QQQQ'.*its children are patch_embed, .*list_sites"):
         sites.resolve(tiny.backbone("vit"), "QQQQ")
 
 
@@ -660,3 +1030,132 @@ def test_the_classifier_after_pooling_does_not_decide_where_channels_lie(name):
     model = timm.create_model(name, num_classes=7).eval()
     site = {"resnet18": "layer4.1:output", "efficientnet_b0": "bn2:output", "vgg11": "features:output"}[name]
     assert sites.channel_axis(model, site, torch.zeros(1, 3, 64, 64)) == -3
+
+
+# ---------------------------------------------------------------------------------------------- descriptions
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_description_says_what_the_verbs_for_one_site_say(family: str):
+    model = tiny.backbone(family)
+    for kind in ("block", "norm", "all"):
+        described = sites.describe(model, kind)
+        assert [site.name for site in described] == sites.list_sites(model, kind)
+        for site in described[::3]:
+            assert site.shape == sites.site_shape(model, site.name)
+            assert site.channel_axis == sites.channel_axis(model, site.name)
+            assert sites.site(model, site.name) == site
+    depths = [site.depth for site in sites.describe(model)]
+    assert depths == [rank / (len(depths) - 1) for rank in range(len(depths))]
+    everywhere = [site.depth for site in sites.describe(model, "all")]
+    assert everywhere == sorted(everywhere)
+
+
+@pytest.mark.parametrize("name", ["vit_micro", "resnet_micro"])
+def test_depths_are_those_of_the_studies(name: str):
+    from apthory.studies import cells
+
+    model = backbones.create(name)
+    for site in sites.describe(model, "all", torch.zeros(1, 3, 64, 64))[::7]:
+        assert site.depth == cells._depth(json.dumps({"name": name}), site.name)
+
+
+def test_any_site_can_be_described_under_any_name():
+    model = tiny.backbone("vit")
+    assert sites.site(model, "blocks.0") == sites.Site("blocks.1:input", (17, 32), -1, 0.5)
+    norms = [sites.site(model, f"blocks.1.norm{k}").depth for k in (1, 2)]
+    assert norms == pytest.approx([0.5 + 1 / 12, 0.5 + 1 / 6])
+    assert sites.site(model, "blocks.1.attn.qkv") == sites.Site("blocks.1.attn.qkv:output", (17, 96), -1, 0.625)
+    assert sites.site(model, ":output").depth == 1
+    with pytest.raises(ValueError, match=r"no module 'blocks\.9'"):
+        sites.site(model, "blocks.9")
+
+
+def test_descriptions_take_one_trace_and_one_pass_until_the_backbone_changes(monkeypatch: pytest.MonkeyPatch):
+    model = copy.deepcopy(tiny.backbone("resnet"))
+    counts = {"traces": 0, "passes": 0}
+
+    class Counting(tracing._Tracer):
+        def trace(self, root, concrete_args=None):
+            counts["traces"] += 1
+            return super().trace(root, concrete_args)
+
+    def counted(x: Tensor) -> Tensor:
+        counts["passes"] += not isinstance(x, torch.fx.Proxy)
+        return forward(x)
+
+    forward = model.forward
+    model.forward = counted
+    monkeypatch.setattr(tracing, "_Tracer", Counting)
+    described = sites.describe(model)
+    sites.describe(model, "all"), sites.site(model, described[1].name), sites.tree(model, "norm")
+    assert counts == {"traces": 1, "passes": 1}
+    assert sites.describe(model, example=torch.zeros(2, 3, 64, 64))[1].shape == (64, 16, 16)
+    assert counts == {"traces": 1, "passes": 2}
+    model.layer4 = nn.Sequential(*model.layer4, copy.deepcopy(model.layer4[-1]))
+    model.layer4[1].conv1 = nn.Conv2d(32, 32, 3, 1, 1, bias=False)
+    model.layer4[1].downsample = None
+    assert len(sites.describe(model)) == len(described) + 1
+    assert counts == {"traces": 2, "passes": 3}
+
+
+def test_a_description_leaves_a_backbone_in_training_as_it_was():
+    model = copy.deepcopy(tiny.backbone("resnet")).train()
+    before = copy.deepcopy(model.state_dict())
+    sites.describe(model)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Recurring(nn.Module):
+    """Blocks that torch.fx cannot trace: one is called first though it is the second, one is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6)) for _ in range(3)))
+        self.blocks = nn.ModuleList(Doubled(block) for block in self.blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.blocks[0](self.blocks[1](x))
+        return self.blocks[2](self.blocks[2](z)) if z.sum() > -1e9 else z
+
+
+def test_what_cannot_be_traced_is_described_without_channel_axes():
+    model, x = Recurring(), torch.zeros(1, 4, 6)
+    described = sites.describe(model, example=x)
+    names = [":input", "blocks.1:input", "blocks.0:input"]
+    assert described == [sites.Site(name, (4, 6), None, rank / 2) for rank, name in enumerate(names)]
+    norms = sites.describe(model, "norm", x)
+    assert [site.name for site in norms] == ["blocks.1.module.0:output", "blocks.0.module.0:output"]
+    assert [site.depth for site in norms] == [0.75, 1]
+    assert len(sites.describe(model, "all", x)) == 5
+    assert sites.site(model, "blocks.1.module.1", x) == sites.Site("blocks.1.module.1:output", (4, 6), None, 0.875)
+    with pytest.raises(ValueError, match="calls this module more than once"):
+        sites.site(model, "blocks.2", x)
+
+
+def test_a_channel_axis_that_cannot_be_told_is_none():
+    model = nn.Sequential(nn.Sequential(nn.Flatten(), nn.ReLU()))
+    assert [site.channel_axis for site in sites.describe(model, example=torch.zeros(1, 2, 3))] == [None, None]
+
+
+def test_a_tree_is_a_table_of_sites_that_stand_under_their_blocks():
+    tree = sites.tree(tiny.backbone("vit"), "all")
+    assert list(tree) == tree.sites == sites.describe(tiny.backbone("vit"), "all")
+    assert len(tree) == 12
+    assert repr(tree) == str(tree)
+    assert str(tree).splitlines()[:6] == [
+        "VisionTransformer: 12 block and norm sites",
+        "site                     shape        channel axis  depth",
+        ":input                   3 × 32 × 32            -3   0.00",
+        "blocks.0:input           17 × 32                -1   0.25",
+        "  blocks.0.norm1:output  17 × 32                -1   0.33",
+        "  blocks.0.norm2:output  17 × 32                -1   0.42",
+    ]
+    assert str(tree).splitlines()[-1] == "norm:output              17 × 32                -1   1.00"
+    flat = str(sites.tree(tiny.backbone("resnet"))).splitlines()
+    assert flat[0] == "ResNet: 7 block sites"
+    assert len({len(line) for line in flat[1:]}) == 1
+    assert not any(line.startswith(" ") for line in flat)
+    unknown = sites.tree(Branching(), example=torch.zeros(1, 6))
+    assert "unknown" in str(unknown)

@@ -1,21 +1,23 @@
-"""Places in a backbone: list them, read them, edit them, and cut the backbone in two there.
+"""Places in a backbone: list them, describe them, read them, edit them, and cut the backbone in two there.
 
-A *site* is a dotted module name with ``:input`` or ``:output`` (output when left out), such as ``blocks.2:input``,
-``layer4.0:input`` or ``layer3.1.bn2``; the image itself is ``:input``, the backbone's result ``:output``. Every
-site is an activation whose first axis is the batch. `split` cuts the traced graph (torch.fx), so a frozen prefix
-can be computed once and its result kept.
+A *site* is a dotted module name with ``:input`` or ``:output`` behind it (``:output`` if neither is), such as
+``blocks.2:input``, ``layer4.0:input`` or ``layer3.1.bn2``. The image itself is ``:input``, and the backbone's result
+is ``:output``. The first axis of the activation at a site is the batch. `split` cuts the traced graph (torch.fx), so
+that the result of a frozen prefix can be computed once and kept.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, fx, nn
 
+from apthory.sites.description import Listing, Site, Tree, depths
 from apthory.sites.tracing import (
     CHANNELS_FIRST,
     CHANNELS_LAST,
@@ -23,55 +25,100 @@ from apthory.sites.tracing import (
     Edit,
     Trace,
     UntraceableError,
+    absent,
     blocks_of,
     downstream,
     example_batch,
+    exchanged,
+    irreplaceable,
+    kept,
     mark,
-    nearest,
-    replaced,
     traced,
     upstream,
 )
 
+Kind = Literal["block", "norm", "all"]
 
-def list_sites(backbone: nn.Module, kind: Literal["block", "norm", "all"] = "block") -> list[str]:
+
+def list_sites(backbone: nn.Module, kind: Kind = "block") -> list[str]:
     """Canonical sites in the order in which the backbone computes them.
 
     Args:
         backbone: Any module that maps one image batch to one tensor.
-        kind: ``"block"`` gives ``:input``, the input of every block and the output of the last one. Blocks are the
-            repeated units of a network (dense blocks of a DenseNet, whose layers have no single input) or, where it
-            has none, its convolutions (VGG). ``"norm"`` gives the output of the affine map of every normalization
-            layer; where timm fuses an activation into the layer, that is the place just before the activation.
-            ``"all"`` gives both.
+        kind: ``"block"`` gives ``:input``, the input of each block and the output of the last one. Blocks are the
+            repeated units of a network (of a DenseNet its dense blocks, since their layers have no single input).
+            If there are none, they are the convolutions (VGG). ``"norm"`` gives the output of the affine map of each
+            normalization layer. Where timm fuses an activation into the layer, that is the place just before the
+            activation. ``"all"`` gives both.
     """
     try:
         trace = traced(backbone)
         called, canonical, units = trace.modules, trace.canonical, trace.blocks
-    except UntraceableError:  # modules in the order of their definition, and names as they are
+    except UntraceableError:  # then modules are in the order of their definition, and names stay as they are
         called, canonical = [name for name, _ in backbone.named_modules()], partial(_named, backbone)
         units = set(blocks_of(backbone))
         if kind == "all":
             raise
-    found = []
+    names = []
     if kind != "norm":
         blocks = [name for name in called if name in units]
         end = canonical(_end(backbone, blocks[-1])) if blocks else canonical(":output")
         inputs = [name for name in (f"{name}:input" for name in blocks) if canonical(name) != ":input"]  # VGG's first
-        found += [":input", *inputs, end]
+        names += [":input", *inputs, end]
     if kind != "block":
-        found += [canonical(affine_output(backbone, name)) for name in called if _is_norm(backbone, name)]
-    if kind == "all":
-        order = {node: index for index, node in enumerate(trace.graph.nodes)}
-        found = sorted(set(found), key=lambda name: order[trace.marks[name]])
-    return found
+        names += [canonical(affine_output(backbone, name)) for name in called if _is_norm(backbone, name)]
+    return trace.ordered(set(names)) if kind == "all" else names
+
+
+def describe(
+    backbone: nn.Module, kind: Kind = "block", example: Float[Tensor, "batch *image"] | None = None
+) -> list[Site]:
+    """The same sites as `list_sites`, each with its shape, channel axis and depth.
+
+    It takes one trace and one forward pass of one image. The result is kept as long as the backbone's structure does
+    not change, for all kinds and by the size of the image. If torch.fx cannot trace the backbone, the channel axes are
+    unknown (None), the order is that of the forward pass, and modules that are not called exactly once are left out.
+
+    Args:
+        backbone: Any module that maps one image batch to one tensor.
+        kind: Which sites; see `list_sites`.
+        example: One image batch, for backbones that do not carry a timm data configuration.
+    """
+    listing = _listing(backbone, example)
+    return [listing.sites[name] for name in listing.names[kind]]
+
+
+def site(backbone: nn.Module, name: str, example: Float[Tensor, "batch *image"] | None = None) -> Site:
+    """What one site is like, under its canonical name: any site, not only those that `list_sites` gives.
+
+    Raises:
+        ValueError: If there is no such site, or if it does not carry one tensor.
+    """
+    name = resolve(backbone, name)
+    listing = _listing(backbone, example)
+    if name not in listing.sites:
+        shape = site_shape(backbone, name, example)  # says what is wrong with the site, if anything is
+        order = [*listing.names["all"], name]
+        order = traced(backbone).ordered(order) if is_traceable(backbone) else [*_shapes(backbone, order, example)]
+        listing.sites |= _described(backbone, {name: shape}, order, listing.names)
+    return listing.sites[name]
+
+
+def tree(backbone: nn.Module, kind: Kind = "block", example: Float[Tensor, "batch *image"] | None = None) -> Tree:
+    """The sites of `describe` as a table: ``print(apthory.sites.tree(backbone))``.
+
+    A site inside a block stands under the block's input, and is indented. The result iterates over its ``.sites``.
+    """
+    described = describe(backbone, kind, example)
+    what = {"block": "block sites", "norm": "norm sites", "all": "block and norm sites"}[kind]
+    return Tree(f"{type(backbone).__name__}: {len(described)} {what}", described)
 
 
 def resolve(backbone: nn.Module, site: str) -> str:
-    """The canonical name of a site: aliases such as ``blocks.1`` become ``blocks.2:input``.
+    """The canonical name of a site: an alias such as ``blocks.1`` becomes ``blocks.2:input``.
 
     Raises:
-        ValueError: If the backbone has no such site; the nearest names are suggested.
+        ValueError: If the backbone has no such site. The message suggests the nearest names.
     """
     site = _named(backbone, site)
     try:
@@ -86,7 +133,7 @@ def site_shape(backbone: nn.Module, site: str, example: Tensor | None = None) ->
     Args:
         example: One image batch, for backbones that do not carry a timm data configuration.
     """
-    # One image costs a few milliseconds; propagating shapes through the graph costs a hundred.
+    # A forward pass of one image takes a few milliseconds. To propagate shapes through the graph takes a hundred.
     with torch.no_grad(), _evaluating(backbone):
         return tuple(capture(backbone, [site], example_batch(backbone, 1, example))[site].shape[1:])
 
@@ -110,9 +157,9 @@ def channel_axes(backbone: nn.Module, sites: Sequence[str], example: Tensor | No
 
 
 def norms_between(backbone: nn.Module, site: str, end: Literal["next", "last"] = "next") -> list[str]:
-    """Normalization layers from a block site up to the next block site, or to the last layer of all.
+    """Normalization layers from a block site up to the next block site, or up to the last layer of the backbone.
 
-    They are where normalization tuning acts: of one block, or from ``:input`` to the end of the whole backbone.
+    Normalization tuning acts on these: on one block, or on all from ``:input`` to the end of the backbone.
     """
     trace = traced(backbone)
     boundaries = list_sites(backbone)
@@ -128,7 +175,7 @@ def norms_between(backbone: nn.Module, site: str, end: Literal["next", "last"] =
 
 
 def affine_output(backbone: nn.Module, norm: str) -> str:
-    """The site of a norm layer's affine map: its output, or the place before an activation that timm fuses into it."""
+    """The site of a norm layer's affine map: its output, or the place before an activation that timm fused into it."""
     return f"{norm}.drop:input" if hasattr(backbone.get_submodule(norm), "act") else f"{norm}:output"
 
 
@@ -138,8 +185,11 @@ def capture(
     """Activations at the sites during one forward pass, keyed by the names given.
 
     Args:
-        keep_of: What to keep of each activation, where not all of it is wanted. A copy by default, since a later layer
-            may work in place on the tensor that it is given.
+        keep_of: What to keep of each activation, if not all of it is wanted. By default it is a copy, since a later
+            layer may work in place on the tensor that it is given.
+
+    Raises:
+        ValueError: If the module of a site is not called exactly once, or a site does not carry one tensor.
     """
     seen: dict[str, Tensor] = {}
 
@@ -161,18 +211,37 @@ def capture(
 
 
 @contextmanager
-def edited(backbone: nn.Module, edits: Mapping[str, Edit]) -> Iterator[nn.Module]:
-    """The backbone with functions applied to the activations at some sites; restored on the way out, always.
+def edited(
+    backbone: nn.Module, edits: Mapping[str, Edit], *, replace: Mapping[str, nn.Module] | None = None
+) -> Iterator[nn.Module]:
+    """The backbone with functions applied at some sites and with some modules replaced; always restored at the end.
 
-    An edit at ``name:input`` changes the tensor that comes first of what that module is given, wherever it is given
-    the same tensor again (query, key and value of self-attention); an edit at ``name:output`` what it returns.
+    An edit at ``name:input`` changes the first argument of that module, and any other argument that is the same
+    tensor (query, key and value of self-attention). An edit at ``name:output`` changes what the module returns.
+
+    Args:
+        edits: Functions, by the sites whose activations they are applied to.
+        replace: New modules, by the names of those whose calls they take over; see `split`. Here the backbone holds
+            the new modules for the time being.
+
+    Raises:
+        ValueError: If there is no such site or module. While the context lasts, a forward pass raises it too, if it
+            does not call a replaced module exactly once.
     """
-    with ExitStack() as stack:
-        for site, edit in edits.items():
-            name, edge = _named(backbone, site).rsplit(":", 1)
-            module = backbone.get_submodule(name)
+    replace = dict(replace or {})
+    _check_names(backbone, replace)
+    placed = [(_outside(backbone, _named(backbone, name), replace), edit) for name, edit in edits.items()]
+    with _swapped(backbone, replace), ExitStack() as stack:
+        for name, edit in placed:
+            owner, edge = name.rsplit(":", 1)
+            module = backbone.get_submodule(owner)
+            if owner in replace and _num_places(backbone, module) > 1:
+                raise ValueError(
+                    f"an edit at {name!r} would act in several places, since the module that replaces {owner!r} has "
+                    "more than one; wrap it for this place alone: nn.Sequential(module)"
+                )
             if edge == "input":
-                handle = module.register_forward_pre_hook(partial(_edit_input, site, edit), with_kwargs=True)
+                handle = module.register_forward_pre_hook(partial(_edit_input, name, edit), with_kwargs=True)
             else:
                 handle = module.register_forward_hook(lambda _, args, output, edit=edit: edit(output))
             stack.callback(handle.remove)
@@ -184,35 +253,50 @@ def split(
     site: str,
     edits: Mapping[str, Edit] | None = None,
     example: Tensor | None = None,
+    *,
+    replace: Mapping[str, nn.Module] | None = None,
 ) -> tuple[nn.Module, nn.Module]:
     """Cut the backbone at a site: ``suffix(*prefix(x)) == backbone(x)``, bit for bit.
 
-    The prefix returns every tensor that crosses the cut, the site's own first (a norm inside a residual branch
-    crosses with its skip). Both halves share the backbone's weights, work for any batch size, and never write
+    The prefix returns all tensors that cross the cut, the site's own first. (A norm inside a residual branch
+    crosses with its skip.) Both halves share the backbone's weights, work for any batch size, and never write
     into the tensors they are given.
 
     Args:
         edits: Functions to apply to sites at or after the cut, built into the suffix. Modules among them become
             submodules of the suffix.
         example: One image batch, for backbones that do not carry a timm data configuration.
+        replace: New modules, by the names of modules that the suffix does not call any more: it calls the new ones
+            instead, with the same arguments. ``{"blocks.1.attn.qkv": Adapter(backbone.blocks[1].attn.qkv)}`` lets an
+            adapter see the input of the layer that it wraps. The new modules become submodules of the suffix, and the
+            backbone stays as it is. Layers can be replaced, and so can whole blocks, if the backbone calls them
+            exactly once, after the cut. An edit at ``name:input`` or ``name:output`` of a replaced module acts before
+            or after the new one.
 
     Raises:
-        ValueError: If there is no such site, or an edit lies before the cut.
+        ValueError: If there is no such site or module, or if an edit or a replaced module lies before the cut.
 
     Warns:
-        UserWarning: If torch.fx cannot trace the backbone. Then the prefix is the identity and the suffix the
-            whole backbone with hooks: right, but there is nothing to cache.
+        UserWarning: If torch.fx cannot trace the backbone. Then the prefix is the identity, and the suffix is the
+            whole backbone with hooks. The result is right, but there is nothing to cache.
     """
-    edits = dict(edits or {})
+    edits, replace = dict(edits or {}), dict(replace or {})
     try:
         trace = traced(backbone)
+        _check_names(backbone, replace)
+        trace.check_calls(replace)
+        closed = traced(backbone, [name for name in replace if name not in trace.calls])
     except UntraceableError as error:
         warnings.warn(f"{error}; the whole backbone runs at every step", stacklevel=2)
+        _check_names(backbone, replace)
         for name in (site, *edits):
-            _named(backbone, name)
-        return _Identity(), _Hooked(backbone, edits)
-    site = trace.known(_named(backbone, site))
-    return trace.cut(site, {trace.known(_named(backbone, name)): edit for name, edit in edits.items()}, example)
+            _outside(backbone, _named(backbone, name), replace)
+        return _Identity(), _Hooked(backbone, edits, replace)
+
+    def placed(name: str) -> str:
+        return closed.known(_outside(backbone, trace.known(_named(backbone, name)), replace))
+
+    return closed.cut(placed(site), [(placed(name), edit) for name, edit in edits.items()], replace, example)
 
 
 def is_traceable(backbone: nn.Module) -> bool:
@@ -232,22 +316,146 @@ class _Identity(nn.Module):
 
 
 class _Hooked(nn.Module):
-    """A whole backbone with its edits, for models that cannot be traced."""
+    """A whole backbone with its edits and replaced modules, for models that cannot be traced."""
 
-    def __init__(self, backbone: nn.Module, edits: Mapping[str, Edit]) -> None:
+    def __init__(self, backbone: nn.Module, edits: Mapping[str, Edit], replace: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.backbone = backbone
-        self.edits = dict(edits)
+        self.edits, self.replace = dict(edits), dict(replace)
         self.parts = nn.ModuleList(edit for edit in edits.values() if isinstance(edit, nn.Module))
+        self.replacements = nn.ModuleList(replace.values())
 
     def forward(self, x: Tensor) -> Tensor:
-        with edited(self.backbone, self.edits):
+        with edited(self.backbone, self.edits, replace=self.replace):
             return self.backbone(x)
+
+
+def _check_names(backbone: nn.Module, replace: Mapping[str, nn.Module]) -> None:
+    """Raises ValueError unless these are modules of the backbone, each in one place, and none inside another."""
+    for name in replace:
+        if name.endswith((":input", ":output")):
+            raise ValueError(f"cannot replace the site {name!r}; name the module, {name.rpartition(':')[0]!r}")
+        if not name:
+            raise ValueError("cannot replace '', the whole backbone; name a module inside it")
+        module = backbone.get_submodule(_named(backbone, f"{name}:output").rpartition(":")[0])
+        around = next((other for other in replace if name.startswith(f"{other}.")), None)
+        if around is not None:
+            raise ValueError(
+                f"cannot replace {name!r} inside {around!r}, which is replaced too; build it into that one"
+            )
+        if (num_places := _num_places(backbone, module)) > 1:
+            raise ValueError(
+                f"cannot replace {name!r}: the backbone has this module in {num_places} places; "
+                "give each place a copy of its own"
+            )
+
+
+def _num_places(backbone: nn.Module, module: nn.Module) -> int:
+    return sum(other is module for _, other in backbone.named_modules(remove_duplicate=False))
+
+
+def _outside(backbone: nn.Module, site: str, replace: Iterable[str]) -> str:
+    """The site, in a name that does not lie inside a replaced module.
+
+    The input of a stage's first block is the stage's input too, so that its place is still there without the block.
+    """
+    around = next((name for name in replace if site.startswith(f"{name}.")), None)
+    if around is None:
+        return site
+    ends = f"{around}:input", f"{around}:output"
+    with suppress(UntraceableError):
+        names = traced(backbone).names(site)
+        for end in ends:
+            if end in names:
+                return end
+    raise ValueError(
+        f"site {site!r} lies inside {around!r}, which is replaced and not called; "
+        f"choose {ends[0]!r} or {ends[1]!r}, or build the edit into the new module"
+    )
+
+
+@contextmanager
+def _swapped(backbone: nn.Module, replace: Mapping[str, nn.Module]) -> Iterator[None]:
+    """The backbone holds the new modules for a while, and checks that each of its forward passes calls them once."""
+    calls: Counter[str] = Counter()
+
+    def check(*_: Any) -> None:
+        for name, module in replace.items():
+            if calls[name] == 1:
+                continue
+            num_places = _num_places(backbone, module)  # none if another context has replaced the new module
+            if num_places and not calls[name]:
+                raise ValueError(irreplaceable(name, "never calls it"))
+            if calls[name] > num_places:
+                raise ValueError(irreplaceable(name, f"calls it {calls[name]} times"))
+
+    with ExitStack() as stack:
+        for name, module in replace.items():
+            parent_name, _, child = name.rpartition(".")
+            children = backbone.get_submodule(parent_name)._modules
+            stack.callback(children.__setitem__, child, children[child])
+            children[child] = module
+            count = module.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
+            stack.callback(count.remove)
+        if replace:
+            stack.callback(backbone.register_forward_pre_hook(lambda *_: calls.clear()).remove)
+            stack.callback(backbone.register_forward_hook(check).remove)
+        yield
+
+
+def _listing(backbone: nn.Module, example: Tensor | None) -> Listing:
+    """What `describe` knows of the backbone; computed when it is first asked for."""
+    size = tuple(example_batch(backbone, 1, example).shape[1:])
+    listings = kept(backbone).listings
+    if size not in listings:
+        if is_traceable(backbone):
+            listed = {kind: list_sites(backbone, kind) for kind in get_args(Kind)}
+            shapes = _shapes(backbone, listed["all"], example)
+            names = {kind: [name for name in listed[kind] if name in shapes] for kind in listed}
+        else:
+            blocks, norms = list_sites(backbone, "block"), list_sites(backbone, "norm")
+            shapes = _shapes(backbone, blocks + norms, example)
+            listed = {"block": blocks, "norm": norms, "all": blocks + norms}
+            names = {kind: [name for name in shapes if name in listed[kind]] for kind in listed}
+        listings[size] = Listing(names, _described(backbone, shapes, names["all"], names))
+    return listings[size]
+
+
+def _shapes(backbone: nn.Module, sites: Sequence[str], example: Tensor | None) -> dict[str, tuple[int, ...]]:
+    """Shapes without the batch axis, in the order of a forward pass, of the sites that it meets once, with a tensor."""
+    met: dict[str, list[Any]] = {}
+
+    def note(name: str, z: Any) -> Any:
+        met.setdefault(name, []).append(z.shape[1:] if isinstance(z, Tensor) else None)
+        return z
+
+    with torch.no_grad(), _evaluating(backbone), edited(backbone, {name: partial(note, name) for name in sites}):
+        backbone(example_batch(backbone, 1, example))
+    return {name: tuple(shapes[0]) for name, shapes in met.items() if len(shapes) == 1 and shapes[0] is not None}
+
+
+def _described(
+    backbone: nn.Module, shapes: Mapping[str, tuple[int, ...]], order: Sequence[str], names: Mapping[str, Sequence[str]]
+) -> dict[str, Site]:
+    """Descriptions of the sites with these shapes.
+
+    Args:
+        order: These sites and all of `names`, as the backbone computes them.
+        names: The sites that `list_sites` gives, by kind.
+    """
+    axes: dict[str, int | None] = dict.fromkeys(shapes)
+    with suppress(UntraceableError):
+        trace = traced(backbone)
+        for name, shape in shapes.items():
+            with suppress(ValueError):  # where the axis cannot be told
+                axes[name] = _channel_axis(trace, trace.marks[name], name, shape)
+    depth = depths(order, names["all"], names["block"])
+    return {name: Site(name, shape, axes[name], depth[name]) for name, shape in shapes.items()}
 
 
 @contextmanager
 def _evaluating(backbone: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while, so that no running statistic moves and no dropout draws."""
+    """The backbone is in evaluation mode for a while, so that running statistics stay and dropout draws nothing."""
     in_training = [module for module in backbone.modules() if module.training]
     for module in in_training:
         module.training = False
@@ -265,9 +473,8 @@ def _named(backbone: nn.Module, site: str) -> str:
         name, edge = site, "output"
     if edge not in ("input", "output"):
         raise ValueError(f"site {site!r} ends in {edge!r}; write 'module:input' or 'module:output'")
-    names = dict(backbone.named_modules())
-    if name not in names:
-        raise ValueError(f"no module {name!r} in this {type(backbone).__name__}; {nearest(names, name)}")
+    if all(name != known for known, _ in backbone.named_modules()):
+        raise ValueError(absent(backbone, name))
     return f"{name}:{edge}"
 
 
@@ -276,11 +483,11 @@ def _edit_input(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if not args:
         raise ValueError(f"{site!r}: the module is called with keywords only, so its input is no site; use an output")
-    return replaced(args[0], edit(args[0]), args, kwargs)
+    return exchanged(args[0], edit(args[0]), args, kwargs)
 
 
 def _end(backbone: nn.Module, last: str) -> str:
-    """The site behind the last block; behind the whole sequence if the blocks are plain layers, followed by others."""
+    """The site behind the last block. If the blocks are plain layers, others follow: then behind the whole sequence."""
     is_plain = isinstance(backbone.get_submodule(last), nn.modules.conv._ConvNd)
     return f"{last.rpartition('.')[0]}:output" if is_plain else f"{last}:output"
 

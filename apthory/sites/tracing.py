@@ -1,4 +1,4 @@
-"""The traced graph of a backbone (torch.fx): where each site lies in it, and how it is cut in two there."""
+"""The traced graph of a backbone (torch.fx): where each site lies in the graph, and how the graph is cut there."""
 
 import copy
 import difflib
@@ -6,7 +6,8 @@ import inspect
 import operator
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import timm.layers
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from apthory.sites.description import Listing
 
 Edit = Callable[[Tensor], Tensor]
 NORMS = (
@@ -33,7 +36,8 @@ CHANNELS_FIRST = (
 )
 CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, timm.layers.RmsNorm)
 _SEQUENCES = (nn.Sequential, nn.ModuleList)
-_PLAIN = (bool, int, float, str, tuple, list)  # kinds of settings
+_PLAIN = (bool, int, float, str, tuple, list)  # types of a module's settings
+_MOST_CHILDREN = 10  # so many children, or ranges of them, an error message names at most
 _OUT_OF_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul, operator.isub: operator.sub}
 
 
@@ -41,25 +45,58 @@ class UntraceableError(ValueError):
     """torch.fx cannot record the backbone's forward pass."""
 
 
-def traced(backbone: nn.Module) -> "Trace":
-    """The trace of a backbone, made anew only if the backbone was changed; it is kept as long as the backbone is."""
+@dataclass
+class Kept:
+    """What is known of a backbone while its structure stays the same. Nothing here keeps the backbone alive."""
+
+    structure: list[tuple[Any, ...]]  # as `_structure` gives it
+    traces: dict[frozenset[str], "Trace | str"] = field(default_factory=dict)  # by leaves; or the reason for none
+    listings: dict[tuple[int, ...], Listing] = field(default_factory=dict)  # by the shape of one image
+
+
+def kept(backbone: nn.Module) -> Kept:
+    """What is known of a backbone. It is forgotten when the backbone changes or is deleted."""
     structure = _structure(backbone)
     known = _TRACES.get(backbone)
-    if known is None or known[0] != structure:
-        known = _TRACES[backbone] = (structure, Trace(backbone))
-    return known[1]
+    if known is None or known.structure != structure:
+        known = _TRACES[backbone] = Kept(structure)
+    return known
+
+
+def traced(backbone: nn.Module, leaves: Collection[str] = ()) -> "Trace":
+    """The trace of a backbone, made anew only if the backbone has changed.
+
+    Args:
+        leaves: Modules that the graph calls as a whole, instead of what is inside them.
+
+    Raises:
+        UntraceableError: If torch.fx cannot trace the backbone. It tries once, and the reason is kept like a trace.
+    """
+    traces = kept(backbone).traces
+    leaves = frozenset(leaves)
+    if leaves not in traces:
+        try:
+            traces[leaves] = Trace(backbone, leaves)
+        except UntraceableError as error:
+            traces[leaves] = str(error)  # the error itself would keep the backbone alive
+            raise
+    trace = traces[leaves]
+    if isinstance(trace, str):
+        raise UntraceableError(trace)
+    return trace
 
 
 class Trace:
-    """A backbone's graph, and where each site lies in it; the backbone itself is not kept alive."""
+    """A backbone's graph, and where each site lies in it. The trace does not keep the backbone alive."""
 
-    def __init__(self, backbone: nn.Module) -> None:
-        tracer = _Tracer()
+    def __init__(self, backbone: nn.Module, leaves: Collection[str] = ()) -> None:
+        tracer = _Tracer(leaves)
         try:
             self.graph = tracer.trace(backbone, concrete_args=_defaults(backbone))
-        except Exception as error:  # torch.fx raises whatever the model's control flow makes of a proxy
+        except Exception as error:  # the model's control flow may raise anything when it meets a proxy
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UntraceableError(f"torch.fx cannot trace {type(backbone).__name__} ({reason})") from error
+            whole = f" with {', '.join(map(repr, sorted(leaves)))} as a whole" if leaves else ""
+            raise UntraceableError(f"torch.fx cannot trace {type(backbone).__name__}{whole} ({reason})") from error
         self._root = weakref.ref(backbone)
         self.modules = [name for name in tracer.modules if tracer.modules.count(name) == 1]
         self.repeated = set(tracer.modules) - set(self.modules)
@@ -69,6 +106,7 @@ class Trace:
                 node.target = _OUT_OF_PLACE[node.target]
             if node.kwargs.get("inplace"):
                 node.kwargs = {**node.kwargs, "inplace": False}
+        self.calls = {str(node.target): node for node in self.graph.nodes if node.op == "call_module"}
         marks = [node for node in self.graph.nodes if node.target is mark]
         self.marks = {node.args[1]: node for node in marks if node.args[1].rsplit(":", 1)[0] not in self.repeated}
         self.blocks = set(blocks_of(backbone, [name for name in self.modules if f"{name}:input" in self.marks]))
@@ -76,7 +114,7 @@ class Trace:
     @property
     def root(self) -> nn.Module:
         root = self._root()
-        assert root is not None, "a trace is asked for by way of its backbone"
+        assert root is not None, "whoever asks for a trace holds its backbone"
         return root
 
     def _add_ends(self) -> None:
@@ -88,7 +126,7 @@ class Trace:
         for user in users:
             user.replace_input_with(image, start)
         for extra in [node for node in self.graph.nodes if node.op == "placeholder"][1:]:
-            for check in reversed(downstream(extra)):  # torch.fx asserts that these arguments keep their defaults
+            for check in reversed(downstream(extra)):  # where torch.fx asserts that an argument has its default
                 self.graph.erase_node(check)
             self.graph.erase_node(extra)
         with self.graph.inserting_before(output):
@@ -96,6 +134,7 @@ class Trace:
         output.args = (end,)
 
     def known(self, site: str) -> str:
+        """The site itself, after a check that it is one place in the graph."""
         if site in self.marks:
             return site
         name = site.rsplit(":", 1)[0]
@@ -104,8 +143,8 @@ class Trace:
         hint = nearest(self.marks, site)
         raise ValueError(f"site {site!r}: the backbone never calls {name!r} with a single tensor; {hint}")
 
-    def canonical(self, site: str) -> str:
-        """Of all names of a place: a block's input, else a block's output, else the name closest to its source."""
+    def names(self, site: str) -> list[str]:
+        """All names of the place of a site, in the order in which the tensor passes them."""
         node = self.marks[self.known(site)]
         while node.args[0].target is mark and len(node.args[0].users) == 1:
             node = node.args[0]
@@ -113,16 +152,34 @@ class Trace:
         while len(node.users) == 1 and (after := next(iter(node.users))).target is mark:
             node = after
             names.append(node.args[1])
+        return names
+
+    def canonical(self, site: str) -> str:
+        """Of all names of a place: a block's input, else a block's output, else the name closest to its source."""
+        names = self.names(site)
         for edge in (":input", ":output"):
             for name in names:
                 if name == edge or (name.endswith(edge) and name.rsplit(":", 1)[0] in self.blocks):
                     return name
         return names[0]
 
+    def ordered(self, sites: Iterable[str]) -> list[str]:
+        """The sites in the order in which the backbone computes them."""
+        order = {node: index for index, node in enumerate(self.graph.nodes)}
+        return sorted(sites, key=lambda site: order[self.marks[site]])
+
+    def check_calls(self, names: Iterable[str]) -> None:
+        """Raises ValueError unless the backbone calls each of these modules exactly once."""
+        for name in names:
+            if name in self.repeated:
+                raise ValueError(irreplaceable(name, "calls it more than once"))
+            if name not in self.modules:
+                raise ValueError(irreplaceable(name, "never calls it"))
+
     def propagate(self, x: Tensor) -> dict[fx.Node, Any]:
-        """The value of every node for one batch, as shapes only: nothing is computed."""
+        """The value of each node for one batch. Tensors carry their shapes alone, and nothing is computed."""
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        module = fx.GraphModule(self.root, self._copy())  # keeps the graph, and the backbone's modules with it
+        module = fx.GraphModule(self.root, self._copy())  # it holds the backbone's modules and the graph it is given
         with mode:
             fake = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
         copies = dict(zip(module.graph.nodes, self.graph.nodes, strict=True))
@@ -135,17 +192,38 @@ class Trace:
             new[node] = graph.node_copy(node, new.__getitem__)
         return graph
 
-    def cut(self, site: str, edits: Mapping[str, Edit], example: Tensor | None) -> tuple[nn.Module, nn.Module]:
+    def cut(
+        self,
+        site: str,
+        edits: Sequence[tuple[str, Edit]],
+        replace: Mapping[str, nn.Module],
+        example: Tensor | None,
+    ) -> tuple[nn.Module, nn.Module]:
+        """Prefix and suffix of a cut at a site; `apthory.sites.split` says what they are.
+
+        Args:
+            edits: Sites and what is done there. Several edits of one site act in the order given.
+            replace: New modules, by the names of those whose calls they take over. These must be calls of the graph.
+            example: One image batch, for backbones that do not carry a timm data configuration.
+        """
         place = self.marks[site]
         after = set(downstream(place))
-        early = [name for name in edits if self.marks[name] is not place and self.marks[name] not in after]
+        early = [name for name, _ in edits if self.marks[name] is not place and self.marks[name] not in after]
         if early:
             raise ValueError(f"edit at {early[0]!r} lies before the cut at {site!r}; cut at the earliest edited site")
         output = next(node for node in self.graph.nodes if node.op == "output")
         if output not in after:
             raise ValueError(f"the backbone's output does not depend on site {site!r}")
         image = next(node for node in self.graph.nodes if node.op == "placeholder")
-        varying = {image, *downstream(image)}  # the rest depends on the weights alone and may live on both sides
+        varying = {image, *downstream(image)}  # the other nodes depend on the weights alone; either side may have them
+        for name in replace:
+            call = self.calls[name]
+            only_after = call not in varying and all(user in after for user in downstream(call) if user in varying)
+            if call not in after and not only_after:
+                hint = f"cut at '{name}:input' or earlier" if call in varying else "cut before its result is used"
+                raise ValueError(
+                    f"the backbone does not call {name!r}, which is to be replaced, after the cut at {site!r}; {hint}"
+                )
         crossing = [n for n in self.graph.nodes if n in varying and n not in after and any(u in after for u in n.users)]
         crossing = [place] + [node for node in crossing if node is not place]
         sizes: dict[fx.Node, Callable[[fx.Graph, fx.Node], Any]] = {}
@@ -164,22 +242,36 @@ class Trace:
         prefix.output(tuple(new[node] for node in crossing))
 
         suffix, new = fx.Graph(), {}
-        modules: dict[str, nn.Module] = {}
         for index, node in enumerate(crossing):
             new[node] = suffix.placeholder(f"crossing_{index}")
         batch = suffix.call_function(operator.getitem, (suffix.call_function(getattr, (new[place], "shape")), 0))
         for node, rule in sizes.items():
             new[node] = rule(suffix, batch)
-        by_mark = {self.marks[name]: edit for name, edit in edits.items()}
+        by_mark: dict[fx.Node, list[Edit]] = {}
+        for name, edit in edits:
+            by_mark.setdefault(self.marks[name], []).append(edit)
+        replaced = {self.calls[name]: name for name in replace}
+        modules: dict[str, nn.Module] = {}
+        num_edits = 0
         for node in self.graph.nodes:
             if node in after or (node not in varying and node.op != "output"):
                 new[node] = suffix.node_copy(node, new.__getitem__)
-            if node in by_mark:
-                edit = by_mark[node]
-                key = f"edit_{len(modules)}"
+            if node in replaced:
+                new[node].target = key = self._key(replaced[node])
+                modules[key] = replace[replaced[node]]
+                _protect_input(new[node], modules[key])
+            for edit in by_mark.get(node, ()):
+                key = f"edit_{num_edits}"
+                num_edits += 1
                 modules[key] = edit if isinstance(edit, nn.Module) else _Edit(edit)
                 new[node] = suffix.call_module(key, (new[node],))
         return _module(self.root, prefix, {}), _module(self.root, suffix, modules)
+
+    def _key(self, name: str) -> str:
+        """Where the suffix holds a new module: under the old name, if nothing else inside the old one is used."""
+        targets = [str(node.target) for node in self.graph.nodes if node.op in ("call_module", "get_attr")]
+        is_shared = any(target.startswith(f"{name}.") for target in targets)
+        return f"replacement_of_{name.replace('.', '_')}" if is_shared else name
 
 
 def mark(z: Any, site: str) -> Any:
@@ -190,12 +282,15 @@ def mark(z: Any, site: str) -> Any:
 class _Tracer(fx.Tracer):
     """Records a forward pass with a mark where each module is entered and left."""
 
-    def __init__(self) -> None:
+    def __init__(self, leaves: Collection[str] = ()) -> None:
         super().__init__(autowrap_functions=tuple(timm.layers.get_notrace_functions()))
-        self.modules: list[str] = []
+        self.leaves = frozenset(leaves)
+        self.modules: list[str] = []  # a name for each call, in the order of the calls
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        # A norm with a fused activation is opened, so that the output of its affine map is a site of its own.
+        if module_qualified_name in self.leaves:
+            return True
+        # A norm with a fused activation is no leaf, so that the output of its affine map is a site of its own.
         if isinstance(m, NORMS):
             return not hasattr(m, "act")
         return timm.layers.is_notrace_module(type(m)) or super().is_leaf_module(m, module_qualified_name)
@@ -205,19 +300,19 @@ class _Tracer(fx.Tracer):
         self.modules.append(name)
         if args and isinstance(args[0], fx.Proxy):
             marked = self.create_proxy("call_function", mark, (args[0], f"{name}:input"), {})
-            args, kwargs = replaced(args[0], marked, args, kwargs)
+            args, kwargs = exchanged(args[0], marked, args, kwargs)
         output = super().call_module(m, forward, args, kwargs)
         if isinstance(output, fx.Proxy):
             output = self.create_proxy("call_function", mark, (output, f"{name}:output"), {})
         return output
 
 
-_TRACES: "weakref.WeakKeyDictionary[nn.Module, tuple[list[tuple[Any, ...]], Trace]]" = weakref.WeakKeyDictionary()
+_TRACES: "weakref.WeakKeyDictionary[nn.Module, Kept]" = weakref.WeakKeyDictionary()
 
 
 def _structure(backbone: nn.Module) -> list[tuple[Any, ...]]:
-    """What a trace depends on: modules, their settings and hooks, and which parameters they have; not the weights."""
-    found: list[tuple[Any, ...]] = []
+    """What a trace depends on: the modules, their settings, and which parameters and hooks they have; no weights."""
+    structure: list[tuple[Any, ...]] = []
     for name, module in backbone.named_modules():
         settings = {
             key: value if isinstance(value, bool | int | float | str) else repr(value)
@@ -226,26 +321,30 @@ def _structure(backbone: nn.Module) -> list[tuple[Any, ...]]:
         }
         held = [key for part in (module._parameters, module._buffers) for key in part if part[key] is not None]
         hooks = len(module._forward_hooks), len(module._forward_pre_hooks)
-        found.append((name, type(module), settings, held, hooks))
-    return found
+        structure.append((name, type(module), settings, held, hooks))
+    return structure
 
 
 def _defaults(backbone: nn.Module) -> dict[str, Any]:
-    """Optional arguments of forward (masks, flags), held at their defaults while tracing."""
+    """The defaults of the optional arguments of forward (masks, flags). A trace holds for these."""
     parameters = list(inspect.signature(backbone.forward).parameters.values())[1:]
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
-def replaced(
+def exchanged(
     old: Any, new: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments with one value exchanged wherever it stands: nn.MultiheadAttention is given its input three times."""
+    """Arguments with one value exchanged in all its places: nn.MultiheadAttention is given its input three times."""
     values = tuple(new if value is old else value for value in args)
     return values, {name: new if value is old else value for name, value in kwargs.items()}
 
 
 def example_batch(backbone: nn.Module, batch: int, example: Tensor | None) -> Tensor:
-    """So many images of the size that the backbone takes: copies of the example's first, else black ones.
+    """A batch of images of the size that the backbone takes: copies of the first example, else all zeros.
+
+    Args:
+        batch: How many images.
+        example: One image batch, for backbones that do not carry a timm data configuration.
 
     Raises:
         ValueError: If there is no example, and the backbone carries no timm data configuration.
@@ -262,10 +361,11 @@ def example_batch(backbone: nn.Module, batch: int, example: Tensor | None) -> Te
 
 
 def blocks_of(backbone: nn.Module, among: Sequence[str] | None = None) -> list[str]:
-    """Repeated units, the innermost, so that stages are not blocks.
+    """The repeated units of a backbone. Of nested ones these are the innermost, so that stages are not blocks.
 
-    They are composite modules in a sequence under a number (``blocks.3``), else those under a numbered name (``s1.b1``,
-    ``denseblock2``), else the convolutions of the longest plain sequence.
+    They are the composite modules that stand in a sequence under a number (``blocks.3``). Where there are none, they
+    are those under a numbered name (``s1.b1``, ``denseblock2``). Where there are none either, they are the
+    convolutions of the longest plain sequence.
 
     Args:
         among: The modules that may be blocks; all of them by default.
@@ -276,7 +376,7 @@ def blocks_of(backbone: nn.Module, among: Sequence[str] | None = None) -> list[s
     for is_member in (_is_numbered, _is_in_series):
         members = [name for name in composite if is_member(named, name)]
         if members:
-            return [name for name in members if not any(other.startswith(f"{name}.") for other in members)]
+            return [name for name in members if not any(inner.startswith(f"{name}.") for inner in members)]
     plain = [name for name in names if isinstance(named[name], nn.modules.conv._ConvNd) and _is_numbered(named, name)]
     rows = Counter(name.rpartition(".")[0] for name in plain)
     longest = max(rows, key=rows.__getitem__, default="")
@@ -302,7 +402,11 @@ def _is_in_series(named: Mapping[str, nn.Module], name: str) -> bool:
 
 
 def _module(root: nn.Module, graph: fx.Graph, extra: Mapping[str, nn.Module]) -> nn.Module:
-    """A graph as a module that shares the root's weights but never works in place."""
+    """A graph as a module that shares the root's weights but never works in place.
+
+    Args:
+        extra: Modules that the graph calls and the root does not have. They are used as they are.
+    """
     for node in list(graph.nodes):
         if node.target is mark:
             node.replace_all_uses_with(node.args[0])
@@ -325,9 +429,15 @@ def _module(root: nn.Module, graph: fx.Graph, extra: Mapping[str, nn.Module]) ->
 
 
 def _size_rule(node: fx.Node, two: Any, three: Any, site_batch: int) -> Callable[[fx.Graph, fx.Node], Any]:
-    """How the suffix makes a number that the prefix had taken from the batch: a constant, or so many per example."""
+    """How the suffix makes a number that the prefix took from the batch: as a constant, or as so many per example.
 
-    def one(a: Any, b: Any) -> Callable[[fx.Graph, fx.Node], Any]:
+    Args:
+        two: The number, or numbers, for two images.
+        three: The same for three images.
+        site_batch: The first axis of the site's activation for two images.
+    """
+
+    def rule_of(a: Any, b: Any) -> Callable[[fx.Graph, fx.Node], Any]:
         if a == b:
             return lambda graph, batch: a
         if isinstance(a, int) and 3 * a == 2 * b:
@@ -337,10 +447,10 @@ def _size_rule(node: fx.Node, two: Any, three: Any, site_batch: int) -> Callable
         raise UntraceableError(f"{node} is {a} for 2 images and {b} for 3: not a size that the suffix can make anew")
 
     if isinstance(two, tuple | list):
-        rules = [one(a, b) for a, b in zip(two, three, strict=True)]
+        rules = [rule_of(a, b) for a, b in zip(two, three, strict=True)]
         return lambda graph, batch: graph.call_function(tuple, ([rule(graph, batch) for rule in rules],))
-    rule = one(two, three)
-    if two == three:  # a constant must still be a node
+    rule = rule_of(two, three)
+    if two == three:  # the suffix needs a node, and a constant is none
         return lambda graph, batch: graph.call_function(_constant, (two,))
     return rule
 
@@ -349,8 +459,21 @@ def _constant(value: Any) -> Any:
     return value
 
 
+def _protect_input(call: fx.Node, module: nn.Module) -> None:
+    """Gives a module that may work in place a copy of its input, since a suffix never writes into what it is given."""
+    works_in_place = any(getattr(part, "inplace", False) for part in module.modules())
+    if works_in_place and call.args and isinstance(call.args[0], fx.Node):
+        with call.graph.inserting_before(call):
+            copied = call.graph.call_function(_copied, (call.args[0],))
+        call.args, call.kwargs = exchanged(call.args[0], copied, call.args, call.kwargs)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
 class _Edit(nn.Module):
-    """Any callable as a module, since torch.fx cannot write down partials and bound methods."""
+    """Any callable as a module, since the code that torch.fx writes cannot name partials and bound methods."""
 
     def __init__(self, function: Edit) -> None:
         super().__init__()
@@ -362,26 +485,79 @@ class _Edit(nn.Module):
 
 def downstream(node: fx.Node) -> list[fx.Node]:
     """All nodes that depend on this one, nearest first."""
-    return _reached(node, lambda one: one.users)
+    return _reached(node, lambda reached: reached.users)
 
 
 def upstream(node: fx.Node) -> list[fx.Node]:
     """All nodes on which this one depends, nearest first."""
-    return _reached(node, lambda one: one.all_input_nodes)
+    return _reached(node, lambda reached: reached.all_input_nodes)
 
 
 def _reached(node: fx.Node, neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> list[fx.Node]:
-    found: dict[fx.Node, None] = {}
+    reached: dict[fx.Node, None] = {}  # a set that keeps its order
     queue = list(neighbours(node))
     while queue:
-        one = queue.pop(0)
-        if one not in found:
-            found[one] = None
-            queue.extend(neighbours(one))
-    return list(found)
+        current = queue.pop(0)
+        if current not in reached:
+            reached[current] = None
+            queue.extend(neighbours(current))
+    return list(reached)
 
 
-def nearest(names: Mapping[str, Any], name: str) -> str:
-    """The end of an error message: names like the one that was not found."""
+def nearest(names: Iterable[str], name: str) -> str:
+    """The end of an error message: names that are like the one that does not exist."""
     near = difflib.get_close_matches(name, [known for known in names if known], n=3, cutoff=0.3)
-    return f"did you mean {' or '.join(map(repr, near))}?" if near else "list_sites(backbone) names the usual ones"
+    return f"did you mean {_either(near)}?" if near else "list_sites(backbone) names the usual ones"
+
+
+def absent(backbone: nn.Module, name: str) -> str:
+    """The message of an error: there is no such module, but others that may be meant."""
+    start = f"no module {name!r} in this {type(backbone).__name__}"
+    names = {known for known, _ in backbone.named_modules() if known}
+    parent, module, rest = "", backbone, name.split(".")
+    while rest and isinstance(module._modules.get(rest[0]), nn.Module):
+        module = module._modules[rest[0]]
+        parent = _joined(parent, rest.pop(0))
+    if not rest:
+        known = next(known for known, same in backbone.named_modules() if same is module)
+        return f"{start} of its own: that is another name of {known!r}"
+    children = [child for child, _ in module.named_children()]
+    near: list[str] = []  # children of the last module on the way that exists
+    if not (rest[0].isdigit() and all(child.isdigit() for child in children)):
+        near = difflib.get_close_matches(rest[0], children, n=3, cutoff=0.6)
+    meant = [path for child in near if (path := _joined(parent, child, *rest[1:])) in names]
+    meant = meant or [_joined(parent, child) for child in near]
+    if near:
+        children = near + [child for child in children if child not in near]
+    listed = f"{parent!r} has the children {_spoken(children)}" if children else f"{parent!r} has no children"
+    if meant:
+        return f"{start}; did you mean {_either(meant)}?" + (f" {listed}" if parent else "")
+    if parent:
+        return f"{start}; {listed}"
+    hint = nearest(names, name)
+    return f"{start}; {hint}" if hint.startswith("did") else f"{start}; its children are {_spoken(children)}; {hint}"
+
+
+def _either(names: Iterable[str]) -> str:
+    return " or ".join(map(repr, names))
+
+
+def _joined(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def _spoken(children: Sequence[str]) -> str:
+    """Names of children, numbers in a row as a range; the first of them, where they are many."""
+    rows: list[list[str]] = []
+    for child in children:
+        if rows and child.isdigit() and rows[-1][-1].isdigit() and int(child) == int(rows[-1][-1]) + 1:
+            rows[-1].append(child)
+        else:
+            rows.append([child])
+    words = [word for row in rows for word in ([f"{row[0]} to {row[-1]}"] if len(row) > 2 else row)]
+    return ", ".join([*words[:_MOST_CHILDREN], *(["..."] if len(words) > _MOST_CHILDREN else [])])
+
+
+def irreplaceable(name: str, reason: str) -> str:
+    """The message of an error: a module cannot be replaced, since the backbone does not call it exactly once."""
+    return f"cannot replace {name!r}: the backbone {reason}; replace a module that it calls once, such as one around it"
