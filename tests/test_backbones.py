@@ -77,11 +77,11 @@ def test_the_random_twin_is_the_start_of_training_and_the_same_in_every_process(
 
 
 @pytest.mark.parametrize("name", backbones.SHIPPED)
-def test_stages_go_from_random_weights_to_the_last_and_can_be_loaded(name: str):
-    first, *_, last = backbones.stages(name)
+def test_checkpoints_go_from_random_weights_to_the_last_and_can_be_loaded(name: str):
+    first, *_, last = backbones.checkpoints(name)
     assert (first, last) == (f"{name}.random", name)
-    digests = {backbones.digest(backbones.load(stage, device="cpu")) for stage in backbones.stages(name)}
-    assert len(digests) == len(backbones.stages(name))
+    digests = {backbones.digest(backbones.load(checkpoint, device="cpu")) for checkpoint in backbones.checkpoints(name)}
+    assert len(digests) == len(backbones.checkpoints(name))
     assert backbones.card(name)["data"]["classes"] == backbones.classifier(name, device="cpu").out_features
 
 
@@ -367,7 +367,7 @@ def test_a_linear_probe_is_neither_hopeless_nor_perfect_on_embedded_tasks(task: 
 
 
 @pytest.mark.parametrize("given", [{"pretrained": False}, {"weights": "other.safetensors"}])
-def test_a_name_of_a_stage_takes_no_other_weights(given):
+def test_a_name_of_a_checkpoint_takes_no_other_weights(given):
     with pytest.raises(ValueError, match=r"'vit_micro.random' names weights by itself; give it alone, or 'vit_micro'"):
         backbones.load("vit_micro.random", **given)
 

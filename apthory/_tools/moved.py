@@ -43,6 +43,7 @@ MODULES = {  # old name -> the modules that have its contents now, the first one
     "tracing": ("sites.tracing",),
 }
 RENAMED = {  # names that are other ones now: old module and name -> module and name
+    "apthory.backbones.stages": ("backbones", "checkpoints"),
     "apthory.sweeps.cells": ("studies.layers", "configurations"),
     "apthory.sweeps.make": ("studies.record_format", "method_of"),
     "apthory.sweeps.make_head": ("studies.record_format", "head_of"),

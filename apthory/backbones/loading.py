@@ -61,7 +61,7 @@ def start(name: str, num_classes: int = 0, seed: int = 0, **kwargs: Any) -> nn.M
         return create(name, num_classes, **kwargs)
 
 
-def stages(name: str) -> tuple[str, ...]:
+def checkpoints(name: str) -> tuple[str, ...]:
     """Names of a shipped backbone for `load`, in the order of its training, from random weights to the last.
 
     ``vit_micro.random`` is the start of training, ``vit_micro.epoch-0008`` what it was eight epochs later (there are
@@ -95,7 +95,7 @@ def load(
     """A frozen backbone in eval mode that maps normalized images to pooled features.
 
     Args:
-        name: ``vit_micro`` or ``resnet_micro`` (weights ship with the package, also those of `stages`, such as
+        name: ``vit_micro`` or ``resnet_micro`` (weights ship with the package, also those of `checkpoints`, such as
             ``vit_micro.random``), or any timm name.
         pretrained: Use the shipped weights, or timm's. ``False`` leaves random weights.
         weights: A safetensors file with a state dict, used instead, also looked for in the folder that
@@ -112,11 +112,11 @@ def load(
         ValueError: If the name is unknown or a weight file does not fit the architecture.
         OSError: If the weight file, or timm's download, cannot be had.
     """
-    family, tag = _split(name)
+    family, checkpoint = _split(name)
     is_ours = family in SHIPPED and pretrained and weights is None
-    if tag and not is_ours:
+    if checkpoint and not is_ours:
         raise ValueError(f"{name!r} names weights by itself; give it alone, or {family!r} with weights= or pretrained=")
-    if is_ours and tag != "random":
+    if is_ours and checkpoint != "random":
         weights = _shipped(name)
     if is_ours or weights is not None or not pretrained:
         model = create(name, num_classes, **kwargs)
@@ -159,10 +159,10 @@ def classifier(
         ValueError: If the name is unknown, the file has no classifier, or the classifier is not linear in the features.
         OSError: If the weight file, or timm's download, cannot be had.
     """
-    family, tag = _split(name)
+    family, checkpoint = _split(name)
     file = weights
     if family in SHIPPED and weights is None:
-        file = _shipped(family if tag == "random" else name)
+        file = _shipped(family if checkpoint == "random" else name)
     if file is not None:
         shape = {key: value for key, value in kwargs.items() if key not in ("input_size", "mean", "std")}
         num_classes = _num_source_classes(create(name, **shape), weight_file(file), name)
@@ -200,15 +200,15 @@ def shipped_folder() -> Path:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """A shipped backbone's architecture and the tag of its weights; other names are left as they are."""
-    family, _, tag = name.partition(".")
-    return (family, tag) if family in SHIPPED else (name, "")
+    """A shipped backbone's architecture and its checkpoint; other names are left as they are."""
+    family, _, checkpoint = name.partition(".")
+    return (family, checkpoint) if family in SHIPPED else (name, "")
 
 
 def _shipped(name: str) -> Path:
     path = shipped_folder() / f"{name}.safetensors"
     if not path.is_file():
-        known = ", ".join(stage for family in SHIPPED for stage in stages(family)[1:])
+        known = ", ".join(checkpoint for family in SHIPPED for checkpoint in checkpoints(family)[1:])
         starts = ", ".join(f"{family}.random" for family in SHIPPED)
         raise ValueError(
             f"no file of {name!r} ships with the package; there are {known} (and {starts}, which need none)"
