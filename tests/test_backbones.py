@@ -7,6 +7,7 @@ import pytest
 import timm
 import tiny
 import torch
+import torchvision
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -381,6 +382,99 @@ def test_an_input_size_that_a_vit_is_not_laid_out_for_is_an_error():
     with pytest.raises(ValueError, match=r"laid out for 224 pixels, not 64; pass img_size=64"):
         backbones.load("vit_tiny_patch16_224", pretrained=False, input_size=64)
     assert backbones.input_size(backbones.load("vit_tiny_patch16_224", pretrained=False, img_size=64)) == 64
+
+
+# ---------------------------------------------------------------------------------------------- classifiers left on
+
+
+VIT_OF_TORCHVISION = {
+    "image_size": 16,
+    "patch_size": 8,
+    "num_layers": 1,
+    "num_heads": 2,
+    "hidden_dim": 16,
+    "mlp_dim": 16,
+}
+
+
+def of_torchvision(name: str, **options: object) -> nn.Module:
+    size = options.get("image_size", 32)
+    model = getattr(torchvision.models, name)(**options)
+    model.pretrained_cfg = {"architecture": name, "input_size": (3, size, size)}
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "layer"),
+    [
+        ("resnet18", {}, "fc"),
+        ("VisionTransformer", VIT_OF_TORCHVISION, "heads.head"),
+        ("mobilenet_v3_small", {}, "classifier.3"),
+        ("densenet121", {}, "classifier"),
+        ("swin_t", {}, "head"),
+    ],
+)
+def test_the_classifier_that_a_model_of_torchvision_carries_is_named(name: str, options: dict[str, int], layer: str):
+    model = of_torchvision(name, **options)
+    before, modes = backbones.digest(model), [module.training for module in model.modules()]
+    assert backbones.carried_classifier(model) == layer
+    assert backbones.digest(model) == before  # nor do statistics of batch norms change
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_hooks for module in model.modules())
+    wrapped = nn.Sequential(model, nn.Identity())
+    wrapped.pretrained_cfg = model.pretrained_cfg
+    assert backbones.carried_classifier(wrapped) == f"0.{layer}"
+
+
+def test_a_model_of_torchvision_without_its_classifier_carries_none():
+    resnet, mobilenet = of_torchvision("resnet18"), of_torchvision("mobilenet_v3_small")
+    resnet.fc = nn.Identity()
+    assert backbones.carried_classifier(resnet) == ""
+    mobilenet.classifier = mobilenet.classifier[:-1]  # features that end in a layer with an activation, in place
+    assert backbones.carried_classifier(mobilenet) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("test_vit", "head"),
+        ("test_resnet", "fc"),
+        ("test_convnext", "head.fc"),
+        ("deit_tiny_distilled_patch16_224", "head"),
+        ("vit_tiny_patch16_224", "head"),
+    ],
+)
+def test_the_classifier_of_a_timm_model_is_named_if_it_has_classes(name: str, layer: str):
+    assert backbones.carried_classifier(timm.create_model(name, num_classes=10)) == layer
+    assert backbones.carried_classifier(timm.create_model(name, num_classes=0)) == ""
+    model = timm.create_model(name, num_classes=10)
+    model.reset_classifier(0)
+    assert backbones.carried_classifier(model) == ""
+
+
+def test_a_linear_projection_by_design_is_no_classifier():
+    size = {"img_size": 32, "depth": 1, "embed_dim": 16, "num_heads": 2}
+    name = "vit_base_patch32_clip_224"
+    assert timm.create_model(f"{name}.openai", **size).num_classes == 512
+    assert backbones.carried_classifier(timm.create_model(f"{name}.openai", **size)) == ""
+    assert backbones.carried_classifier(timm.create_model(f"{name}.openai", num_classes=10, **size)) == "head"
+    assert backbones.carried_classifier(timm.create_model(f"{name}.openai_ft_in1k", **size)) == "head"
+    own = nn.Sequential()
+    own.add_module("flat", nn.Flatten())
+    own.add_module("projection", nn.Linear(3 * 8 * 8, 4))
+    own.pretrained_cfg = {"input_size": (3, 8, 8)}
+    assert backbones.carried_classifier(own) == ""
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_backbones_that_give_features_carry_no_classifier(family: str):
+    assert backbones.carried_classifier(tiny.backbone(family)) == ""
+
+
+@pytest.mark.parametrize("name", [*backbones.SHIPPED, "vit_micro.random", "mobilenetv2_100"])
+def test_backbones_that_are_loaded_carry_no_classifier(name: str):
+    model = backbones.load(name, pretrained="micro" in name, device="cpu")
+    assert backbones.carried_classifier(model) == ""
 
 
 @pytest.mark.parametrize("verb", [backbones.input_size, backbones.mean_std])

@@ -6,6 +6,7 @@ from apthory._tools import moved
 from apthory.backbones.frozen import (
     architecture,
     autocast,
+    carried_classifier,
     default_device,
     digest,
     freeze,
@@ -29,7 +30,7 @@ from apthory.backbones.loading import (
 __all__ = [
     "load", "classifier", "create", "start", "checkpoints", "card", "SHIPPED", "shipped_folder", "weight_file",
     "freeze", "digest", "architecture", "default_device", "autocast", "is_channels_last",
-    "input_size", "mean_std", "normalize",
+    "carried_classifier", "input_size", "mean_std", "normalize",
 ]  # fmt: skip
 
 
