@@ -147,6 +147,11 @@ def test_pretrained_weights_out_of_reach_say_the_ways_out(monkeypatch: pytest.Mo
         backbones.load("mobilenetv2_050")
 
 
+def test_weights_of_timm_are_no_argument():
+    with pytest.raises(ValueError, match=r"pretrained is 'a1_in1k', expected True or False for 'resnet10t'"):
+        backbones.load("resnet10t", pretrained="a1_in1k")
+
+
 # ---------------------------------------------------------------------------------------------- weight files
 
 
