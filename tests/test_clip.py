@@ -242,15 +242,15 @@ def test_a_prompt_inside_the_image_tower_learns_and_the_tower_does_not(
 
 @pytest.mark.gpu
 def test_a_gpu_gives_the_same_features_and_trains():
-    task, found = tiny.task(96), []
+    task, results = tiny.task(96), []
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = clip.load("ViT-B-32", None, device="cuda", **SMALL)
-    for one in (small(), model):
-        head = one.text_head(task.classes)
-        test = torch.arange(8)
-        found.append((head.features.cpu(), one.image(backbones.normalize(one.image, task.test[test])).cpu()))
-    for cpu, gpu in zip(*found, strict=True):
+    for towers in (small(), model):
+        head = towers.text_head(task.classes)
+        x = backbones.normalize(towers.image, task.test[torch.arange(8)])
+        results.append((head.features.cpu(), towers.image(x).cpu()))
+    for cpu, gpu in zip(*results, strict=True):
         torch.testing.assert_close(cpu, gpu, rtol=1e-3, atol=1e-3)
     method = apthory.ActivationPrompting(site="transformer.resblocks.1:input")
     fits = apthory.fit(model.image, task, method, recipe=RECIPE, head=model.text_head(task.classes))
@@ -395,7 +395,7 @@ def test_the_study_runs_end_to_end(spec: dict, tmp_path: Path, monkeypatch: pyte
     assert pixel_study.recorded(study, folder) is None
     encode = clip.CLIP.text_features
     monkeypatch.setattr(
-        clip.CLIP, "text_features", lambda self, several: texts.append(several) or encode(self, several)
+        clip.CLIP, "text_features", lambda self, classes: texts.append(classes) or encode(self, classes)
     )
     command.sweep("clip", "small", "", "", 1)
     assert len(texts) == 1  # the text tower ran once for all cells
@@ -416,15 +416,15 @@ def test_the_study_runs_end_to_end(spec: dict, tmp_path: Path, monkeypatch: pyte
         assert (correct == expected).all()
     head = small().text_head(task.classes)
     method = apthory.ActivationPrompting(site="transformer.resblocks.1:input")
-    one = [apthory.Configuration(learning_rate=2e-2, seed=0)]
-    fits = apthory.fit(small().image, task, method, one, recipe=STUDY_RECIPE, head=head)
+    configurations = [apthory.Configuration(learning_rate=2e-2, seed=0)]
+    fits = apthory.fit(small().image, task, method, configurations, recipe=STUDY_RECIPE, head=head)
     (own,) = apthory.evaluate(task, fits)
     first = table[(table["arm"] == "ap") & (table["seed"] == 0)]["correct"].iloc[0]
     assert (first == own.correct.numpy()).all()
     kept = records.load_all(folder)
-    assert {one.weights for one in kept} == {backbones.digest(small().model)}  # the text tower's too
+    assert {record.weights for record in kept} == {backbones.digest(small().model)}  # the text tower's too
     command.sweep("clip", "small", "", "", 1)
-    assert {one.key for one in records.load_all(folder)} == {one.key for one in kept}
+    assert {record.key for record in records.load_all(folder)} == {record.key for record in kept}
 
 
 def test_records_of_an_image_tower_name_the_weights_of_its_whole_clip(spec: dict, tmp_path: Path):
@@ -465,8 +465,8 @@ def test_classes_of_the_studys_tasks_can_be_put_in_words(monkeypatch: pytest.Mon
             classes = tasks.load(name, 32).classes
         except (ValueError, OSError) as error:
             pytest.skip(str(error))
-        assert not any(clip.EVP_NAMES.get(one, one).isdigit() for one in classes), name
-        assert len({clip.readable(clip.EVP_NAMES.get(one, one)) for one in classes}) == len(classes), name
+        assert not any(clip.EVP_NAMES.get(label, label).isdigit() for label in classes), name
+        assert len({clip.readable(clip.EVP_NAMES.get(label, label)) for label in classes}) == len(classes), name
 
 
 def test_a_head_in_words_wants_clip():
