@@ -55,7 +55,7 @@ LABELS |= {stage: f"after epoch {int(stage.removeprefix('epoch-'))}" for stage i
 # first, which was stopped). Squares: top-1 of the shipped files, in half precision, on the official validation images.
 
 # %%
-cards = {stage: backbones.card(stage) for name in names for stage in backbones.stages(name)[1:]}
+cards = {stage: backbones.card(stage) for name in names for stage in backbones.checkpoints(name)[1:]}
 curves = pd.concat(
     pd.DataFrame(model_cards.curve(card), columns=["epoch", "validation_loss", "validation_top1"]).assign(backbone=name)
     for name, card in cards.items()

@@ -7,6 +7,7 @@ import pytest
 import timm
 import tiny
 import torch
+import torchvision
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -77,11 +78,11 @@ def test_the_random_twin_is_the_start_of_training_and_the_same_in_every_process(
 
 
 @pytest.mark.parametrize("name", backbones.SHIPPED)
-def test_stages_go_from_random_weights_to_the_last_and_can_be_loaded(name: str):
-    first, *_, last = backbones.stages(name)
+def test_checkpoints_go_from_random_weights_to_the_last_and_can_be_loaded(name: str):
+    first, *_, last = backbones.checkpoints(name)
     assert (first, last) == (f"{name}.random", name)
-    digests = {backbones.digest(backbones.load(stage, device="cpu")) for stage in backbones.stages(name)}
-    assert len(digests) == len(backbones.stages(name))
+    digests = {backbones.digest(backbones.load(checkpoint, device="cpu")) for checkpoint in backbones.checkpoints(name)}
+    assert len(digests) == len(backbones.checkpoints(name))
     assert backbones.card(name)["data"]["classes"] == backbones.classifier(name, device="cpu").out_features
 
 
@@ -144,6 +145,11 @@ def test_pretrained_weights_out_of_reach_say_the_ways_out(monkeypatch: pytest.Mo
         OSError, match=r"'mobilenetv2_050' cannot be had \(ConnectionError: no route.*weights=FILE.*pretrained=False"
     ):
         backbones.load("mobilenetv2_050")
+
+
+def test_weights_of_timm_are_no_argument():
+    with pytest.raises(ValueError, match=r"pretrained is 'a1_in1k', expected True or False for 'resnet10t'"):
+        backbones.load("resnet10t", pretrained="a1_in1k")
 
 
 # ---------------------------------------------------------------------------------------------- weight files
@@ -367,7 +373,7 @@ def test_a_linear_probe_is_neither_hopeless_nor_perfect_on_embedded_tasks(task: 
 
 
 @pytest.mark.parametrize("given", [{"pretrained": False}, {"weights": "other.safetensors"}])
-def test_a_name_of_a_stage_takes_no_other_weights(given):
+def test_a_name_of_a_checkpoint_takes_no_other_weights(given):
     with pytest.raises(ValueError, match=r"'vit_micro.random' names weights by itself; give it alone, or 'vit_micro'"):
         backbones.load("vit_micro.random", **given)
 
@@ -381,6 +387,99 @@ def test_an_input_size_that_a_vit_is_not_laid_out_for_is_an_error():
     with pytest.raises(ValueError, match=r"laid out for 224 pixels, not 64; pass img_size=64"):
         backbones.load("vit_tiny_patch16_224", pretrained=False, input_size=64)
     assert backbones.input_size(backbones.load("vit_tiny_patch16_224", pretrained=False, img_size=64)) == 64
+
+
+# ---------------------------------------------------------------------------------------------- classifiers left on
+
+
+VIT_OF_TORCHVISION = {
+    "image_size": 16,
+    "patch_size": 8,
+    "num_layers": 1,
+    "num_heads": 2,
+    "hidden_dim": 16,
+    "mlp_dim": 16,
+}
+
+
+def of_torchvision(name: str, **options: object) -> nn.Module:
+    size = options.get("image_size", 32)
+    model = getattr(torchvision.models, name)(**options)
+    model.pretrained_cfg = {"architecture": name, "input_size": (3, size, size)}
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "layer"),
+    [
+        ("resnet18", {}, "fc"),
+        ("VisionTransformer", VIT_OF_TORCHVISION, "heads.head"),
+        ("mobilenet_v3_small", {}, "classifier.3"),
+        ("densenet121", {}, "classifier"),
+        ("swin_t", {}, "head"),
+    ],
+)
+def test_the_classifier_that_a_model_of_torchvision_carries_is_named(name: str, options: dict[str, int], layer: str):
+    model = of_torchvision(name, **options)
+    before, modes = backbones.digest(model), [module.training for module in model.modules()]
+    assert backbones.carried_classifier(model) == layer
+    assert backbones.digest(model) == before  # nor do statistics of batch norms change
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_hooks for module in model.modules())
+    wrapped = nn.Sequential(model, nn.Identity())
+    wrapped.pretrained_cfg = model.pretrained_cfg
+    assert backbones.carried_classifier(wrapped) == f"0.{layer}"
+
+
+def test_a_model_of_torchvision_without_its_classifier_carries_none():
+    resnet, mobilenet = of_torchvision("resnet18"), of_torchvision("mobilenet_v3_small")
+    resnet.fc = nn.Identity()
+    assert backbones.carried_classifier(resnet) == ""
+    mobilenet.classifier = mobilenet.classifier[:-1]  # features that end in a layer with an activation, in place
+    assert backbones.carried_classifier(mobilenet) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("test_vit", "head"),
+        ("test_resnet", "fc"),
+        ("test_convnext", "head.fc"),
+        ("deit_tiny_distilled_patch16_224", "head"),
+        ("vit_tiny_patch16_224", "head"),
+    ],
+)
+def test_the_classifier_of_a_timm_model_is_named_if_it_has_classes(name: str, layer: str):
+    assert backbones.carried_classifier(timm.create_model(name, num_classes=10)) == layer
+    assert backbones.carried_classifier(timm.create_model(name, num_classes=0)) == ""
+    model = timm.create_model(name, num_classes=10)
+    model.reset_classifier(0)
+    assert backbones.carried_classifier(model) == ""
+
+
+def test_a_linear_projection_by_design_is_no_classifier():
+    size = {"img_size": 32, "depth": 1, "embed_dim": 16, "num_heads": 2}
+    name = "vit_base_patch32_clip_224"
+    assert timm.create_model(f"{name}.openai", **size).num_classes == 512
+    assert backbones.carried_classifier(timm.create_model(f"{name}.openai", **size)) == ""
+    assert backbones.carried_classifier(timm.create_model(f"{name}.openai", num_classes=10, **size)) == "head"
+    assert backbones.carried_classifier(timm.create_model(f"{name}.openai_ft_in1k", **size)) == "head"
+    own = nn.Sequential()
+    own.add_module("flat", nn.Flatten())
+    own.add_module("projection", nn.Linear(3 * 8 * 8, 4))
+    own.pretrained_cfg = {"input_size": (3, 8, 8)}
+    assert backbones.carried_classifier(own) == ""
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_backbones_that_give_features_carry_no_classifier(family: str):
+    assert backbones.carried_classifier(tiny.backbone(family)) == ""
+
+
+@pytest.mark.parametrize("name", [*backbones.SHIPPED, "vit_micro.random", "mobilenetv2_100"])
+def test_backbones_that_are_loaded_carry_no_classifier(name: str):
+    model = backbones.load(name, pretrained="micro" in name, device="cpu")
+    assert backbones.carried_classifier(model) == ""
 
 
 @pytest.mark.parametrize("verb", [backbones.input_size, backbones.mean_std])

@@ -1,5 +1,6 @@
 """Claims about CLIP: a frozen backbone with a head in words, all tried on a small one with random weights."""
 
+import copy
 import logging
 import sys
 from collections.abc import Callable
@@ -60,6 +61,7 @@ def test_the_image_tower_is_a_frozen_backbone_with_clips_data_configuration():
         assert not any(p.requires_grad for p in module.parameters())
     assert backbones.input_size(model.image) == 32
     assert backbones.architecture(model.image) == "clip:ViT-B-32"
+    assert backbones.carried_classifier(model.image) == ""
     mean, std = backbones.mean_std(model.image)
     assert mean.flatten().tolist() == pytest.approx(open_clip.OPENAI_DATASET_MEAN)
     assert std.flatten().tolist() == pytest.approx(open_clip.OPENAI_DATASET_STD)
@@ -82,11 +84,65 @@ def test_every_block_of_the_image_tower_is_a_site_with_a_prefix_to_cache():
 def test_a_resnet_of_clip_can_be_cut_too():
     vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}
     image = clip.load("RN50", None, device="cpu", **(SMALL | {"vision_cfg": vision})).image
+    assert backbones.carried_classifier(image) == ""
     assert sites.list_sites(image)[1:3] == ["layer1.0:input", "layer2.0:input"]
     prefix, suffix = sites.split(image, "layer3.0:input")
     x = images(tiny.task())
     with torch.no_grad():
         assert torch.equal(suffix(*prefix(x)), image(x))
+
+
+def test_the_image_tower_is_loaded_by_its_name_and_has_its_clip_at_hand():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tower = backbones.load("clip:ViT-B-32", pretrained=None, device="cpu", mean=(0.1, 0.2, 0.3), **SMALL)
+    model = clip.of(tower)
+    assert model.image is tower
+    assert model.model.visual is tower
+    assert not any(module.training for module in model.model.modules())
+    assert backbones.digest(tower) == backbones.digest(small().image)
+    assert backbones.digest(model.model) == backbones.digest(small().model)
+    assert backbones.mean_std(tower)[0].flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert torch.equal(model.text_head(["a", "b"]).features, small().text_head(["a", "b"]).features)
+
+
+def test_the_text_tower_is_no_part_of_the_image_tower():
+    model = small()
+    inside = {id(module) for module in model.image.modules()}
+    outside = [module for module in model.model.modules() if id(module) not in inside]
+    assert any(isinstance(module, nn.Embedding) for module in outside)
+    assert backbones.digest(model.image) == backbones.digest(copy.deepcopy(model.image))
+    assert set(model.image.state_dict()) == {
+        name.removeprefix("visual.") for name in model.model.state_dict() if name.startswith("visual.")
+    }
+
+
+def test_a_copy_of_the_image_tower_has_a_clip_of_its_own_with_the_same_text_tower():
+    image = copy.deepcopy(small().image)
+    with torch.no_grad():
+        image.proj.zero_()
+    model = clip.of(image)
+    assert model.image is model.model.visual is image
+    assert model.model.token_embedding is small().model.token_embedding
+    assert not model.model.encode_image(images(tiny.task())).any()
+    assert clip.of(small().image).model.visual is small().image
+    assert small().image.proj.any()
+
+
+def test_an_untrained_image_tower_can_be_made_for_its_sites():
+    image = backbones.create("clip:ViT-B-32", **SMALL)
+    assert all(parameter.requires_grad for parameter in image.parameters())
+    assert sites.list_sites(image) == sites.list_sites(small().image)
+    with pytest.raises(ValueError, match=r"'clip:ViT-B-32' has no text tower"):
+        clip.of(image)
+
+
+@pytest.mark.parametrize("verb", [backbones.create, backbones.load])
+def test_an_image_tower_has_no_classifier(verb: Callable[..., nn.Module]):
+    with pytest.raises(ValueError, match=r"num_classes is 10, but 'clip:ViT-B-32' has no classifier, so expected 0"):
+        verb("clip:ViT-B-32", num_classes=10)
+    with pytest.raises(ValueError, match=r"'clip:ViT-B-32' has no source classifier; clip.of\(backbone\).text_head"):
+        backbones.classifier("clip:ViT-B-32")
 
 
 # ------------------------------------------------------------------------------------------ classes in words
@@ -186,15 +242,15 @@ def test_a_prompt_inside_the_image_tower_learns_and_the_tower_does_not(
 
 @pytest.mark.gpu
 def test_a_gpu_gives_the_same_features_and_trains():
-    task, found = tiny.task(96), []
+    task, results = tiny.task(96), []
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = clip.load("ViT-B-32", None, device="cuda", **SMALL)
-    for one in (small(), model):
-        head = one.text_head(task.classes)
-        test = torch.arange(8)
-        found.append((head.features.cpu(), one.image(backbones.normalize(one.image, task.test[test])).cpu()))
-    for cpu, gpu in zip(*found, strict=True):
+    for towers in (small(), model):
+        head = towers.text_head(task.classes)
+        x = backbones.normalize(towers.image, task.test[torch.arange(8)])
+        results.append((head.features.cpu(), towers.image(x).cpu()))
+    for cpu, gpu in zip(*results, strict=True):
         torch.testing.assert_close(cpu, gpu, rtol=1e-3, atol=1e-3)
     method = apthory.ActivationPrompting(site="transformer.resblocks.1:input")
     fits = apthory.fit(model.image, task, method, recipe=RECIPE, head=model.text_head(task.classes))
@@ -240,6 +296,10 @@ def test_a_file_of_weights_gives_its_weights(tmp_path: Path, monkeypatch: pytest
         assert digest(str(tmp_path / "small.pt")) == expected
         monkeypatch.setenv("APTHORY_WEIGHTS", str(tmp_path))
         assert digest("small.pt") == expected
+        tower = backbones.load("clip:ViT-B-32", weights="small.pt", device="cpu", **SMALL)
+        assert backbones.digest(clip.of(tower).model) == expected
+        with pytest.raises(OSError, match=r"no weight file .*; pass weights=FILE"):
+            backbones.load("clip:ViT-B-32", weights="other.pt", **SMALL)
         with pytest.raises(
             OSError, match=r"small.pt' of 'RN50' cannot be had .* pass pretrained=FILE with the weights"
         ):
@@ -257,6 +317,8 @@ def test_a_tag_brings_its_activation_function(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(open_clip, "create_model", downloaded)
     model = clip.load("ViT-B-32", "openai", device="cpu", **SMALL)
     assert asked["pretrained"] == "openai"
+    backbones.load("clip:ViT-B-32", device="cpu", input_size=64, **SMALL)
+    assert (asked["pretrained"], asked["force_image_size"]) == ("openai", 64)
     assert any(isinstance(module, open_clip.transformer.QuickGELU) for module in model.image.modules())
     model = clip.load("ViT-B-32", "laion2b_s34b_b79k", device="cpu", **SMALL)
     assert not any(isinstance(module, open_clip.transformer.QuickGELU) for module in model.image.modules())
@@ -333,7 +395,7 @@ def test_the_study_runs_end_to_end(spec: dict, tmp_path: Path, monkeypatch: pyte
     assert pixel_study.recorded(study, folder) is None
     encode = clip.CLIP.text_features
     monkeypatch.setattr(
-        clip.CLIP, "text_features", lambda self, several: texts.append(several) or encode(self, several)
+        clip.CLIP, "text_features", lambda self, classes: texts.append(classes) or encode(self, classes)
     )
     command.sweep("clip", "small", "", "", 1)
     assert len(texts) == 1  # the text tower ran once for all cells
@@ -354,15 +416,33 @@ def test_the_study_runs_end_to_end(spec: dict, tmp_path: Path, monkeypatch: pyte
         assert (correct == expected).all()
     head = small().text_head(task.classes)
     method = apthory.ActivationPrompting(site="transformer.resblocks.1:input")
-    one = [apthory.Configuration(learning_rate=2e-2, seed=0)]
-    fits = apthory.fit(small().image, task, method, one, recipe=STUDY_RECIPE, head=head)
+    configurations = [apthory.Configuration(learning_rate=2e-2, seed=0)]
+    fits = apthory.fit(small().image, task, method, configurations, recipe=STUDY_RECIPE, head=head)
     (own,) = apthory.evaluate(fits, task)
     first = table[(table["arm"] == "ap") & (table["seed"] == 0)]["correct"].iloc[0]
     assert (first == own.correct.numpy()).all()
     kept = records.load_all(folder)
-    assert {one.weights for one in kept} == {backbones.digest(small().model)}  # the text tower's too
+    assert {record.weights for record in kept} == {backbones.digest(small().model)}  # the text tower's too
     command.sweep("clip", "small", "", "", 1)
-    assert {one.key for one in records.load_all(folder)} == {one.key for one in kept}
+    assert {record.key for record in records.load_all(folder)} == {record.key for record in kept}
+
+
+def test_records_of_an_image_tower_name_the_weights_of_its_whole_clip(spec: dict, tmp_path: Path):
+    """The digest is a part of keys, so it stays that of the model as open_clip makes it, text tower included."""
+    whole = open_clip.create_model("ViT-B-32", pretrained=spec["pretrained"], force_image_size=32, **SMALL)
+    tower = record_format.backbone_of(spec)
+    assert record_format.digest(tower) == backbones.digest(whole) != backbones.digest(tower)
+    nn.init.zeros_(whole.token_embedding.weight)
+    torch.save(whole.state_dict(), tmp_path / "other.pt")
+    other = record_format.backbone_of(spec | {"pretrained": str(tmp_path / "other.pt")})
+    assert backbones.digest(other) == backbones.digest(tower)
+    assert record_format.digest(other) == backbones.digest(whole) != record_format.digest(tower)
+
+
+def test_records_of_other_backbones_name_their_own_weights():
+    model = tiny.backbone("vit")
+    assert backbones.whole(model) is model
+    assert record_format.digest(model) == backbones.digest(model)
 
 
 def test_without_weights_the_sweep_says_what_to_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -385,8 +465,8 @@ def test_classes_of_the_studys_tasks_can_be_put_in_words(monkeypatch: pytest.Mon
             classes = tasks.load(name, 32).classes
         except (ValueError, OSError) as error:
             pytest.skip(str(error))
-        assert not any(clip.EVP_NAMES.get(one, one).isdigit() for one in classes), name
-        assert len({clip.readable(clip.EVP_NAMES.get(one, one)) for one in classes}) == len(classes), name
+        assert not any(clip.EVP_NAMES.get(label, label).isdigit() for label in classes), name
+        assert len({clip.readable(clip.EVP_NAMES.get(label, label)) for label in classes}) == len(classes), name
 
 
 def test_a_head_in_words_wants_clip():

@@ -90,7 +90,7 @@ def test_a_star_imports_all_that_an_old_module_had(forgotten):
     assert {"ActivationPrompt", "AdaptedBackbone", "save", "load"} <= names.keys()
 
 
-@pytest.mark.parametrize("module", ["training", "studies"])
+@pytest.mark.parametrize("module", ["training", "studies", "backbones"])
 def test_a_name_that_never_was_is_the_usual_error(module):
     with pytest.raises(AttributeError, match=f"^module 'apthory.{module}' has no attribute 'nothing'$"):
         _ = import_module(f"apthory.{module}").nothing

@@ -431,7 +431,7 @@ def shipped_files() -> list[Path]:
 
 def test_every_shipped_backbone_has_weights_and_epochs_take_little_room():
     assert {path.stem for path in shipped_files() if "." not in path.stem} == set(backbones.SHIPPED)
-    assert sum(path.stat().st_size for path in shipped_files() if "." in path.stem) <= cards.MAX_STAGES
+    assert sum(path.stat().st_size for path in shipped_files() if "." in path.stem) <= cards.MAX_CHECKPOINT_BYTES
     endings = {path.name for path in backbones.shipped_folder().iterdir()}
     assert endings == {
         f"{path.stem}{ending}" for path in shipped_files() for ending in (".safetensors", ".json", ".md")
@@ -513,7 +513,7 @@ def test_shipping_replaces_all_of_a_backbone_and_leaves_the_others(exported, tmp
     assert (folder / "vit_micro.md").read_text() == cards.text(cards.read(last))
 
     monkeypatch.setattr(backbones.loading, "shipped_folder", lambda: folder)
-    assert backbones.stages("vit_micro") == ("vit_micro.random", "vit_micro.epoch-0008", "vit_micro")
+    assert backbones.checkpoints("vit_micro") == ("vit_micro.random", "vit_micro.epoch-0008", "vit_micro")
     assert backbones.card("vit_micro.epoch-0008")["epochs"] == 8
     model = backbones.load("vit_micro.epoch-0008", device="cpu")
     assert torch.equal(model.norm.bias, safetensors.torch.load_file(later)["norm.bias"].float())

@@ -38,7 +38,7 @@ ONLY_IN = {
     "timm": {"sites.tracing", "backbones.loading", "backbones.frozen", "metrics.attention", "pretraining.run"},
     "torchvision": {"pretraining.run", "pretraining.augmentation", "methods.pixels.augmentation"},
     "datasets": {"tasks.readers"},
-    "open_clip": {"clip"},
+    "open_clip": {"backbones.clip_towers"},
     "matplotlib": {"lab.figures"},
     "seaborn": set(),  # in notebooks alone
     "papermill": {"lab.notebooks"},

@@ -1,4 +1,4 @@
-"""Claims about the study of stages: which cells it has, and statistics that say by hand what they should."""
+"""Claims about the study of checkpoints: which cells it has, and statistics that say by hand what they should."""
 
 import json
 from dataclasses import replace
@@ -15,30 +15,30 @@ PROBE = {"name": "linear_probe"}
 
 
 @pytest.mark.parametrize("suite", ["embedded", "small"])
-def test_every_stage_has_the_same_prompts_and_a_linear_probe_and_no_more(suite: str):
+def test_every_checkpoint_has_the_same_prompts_and_a_linear_probe_and_no_more(suite: str):
     study = during_training.STUDIES[suite]["stages"]
     assert catalogue.known()[suite]["stages"] is study
     cells = list(layers.configurations(study))
     for name in backbones.SHIPPED:
         places = sites.list_sites(backbones.load(name, device="cpu"))[1::2]
         assert (len(places), places[-1].split(":")[-1]) == (5, "output")
-        for stage in backbones.stages(name):
+        for checkpoint in backbones.checkpoints(name):
             for task in study.tasks:
-                there = [c["method"] for c in cells if (c["backbone"], c["task"]) == ({"name": stage}, task)]
+                there = [c["method"] for c in cells if (c["backbone"], c["task"]) == ({"name": checkpoint}, task)]
                 assert there == [PROBE, *({"name": "ap", "site": place} for place in places)]
-    assert len(cells) == sum(len(backbones.stages(name)) for name in backbones.SHIPPED) * len(study.tasks) * 6
+    assert len(cells) == sum(len(backbones.checkpoints(name)) for name in backbones.SHIPPED) * len(study.tasks) * 6
 
 
-def test_the_last_stage_of_the_small_suite_is_a_part_of_sweep_s():
+def test_the_last_checkpoint_of_the_small_suite_is_a_part_of_sweep_s():
     layer_study = {json.dumps(cell, sort_keys=True) for cell in layers.configurations(layers.STUDIES["small"]["S"])}
-    stages = during_training.STUDIES["small"]["stages"]
-    cells = [json.dumps(cell, sort_keys=True) for cell in layers.configurations(stages)]
+    study = during_training.STUDIES["small"]["stages"]
+    cells = [json.dumps(cell, sort_keys=True) for cell in layers.configurations(study)]
     trained = [cell for cell in cells if json.loads(cell)["backbone"]["name"] in backbones.SHIPPED]
     assert len(trained) == 2 * 4 * 6
     assert set(trained) <= layer_study
 
 
-def test_a_study_runs_and_its_table_names_backbone_and_stage_apart(tmp_path: Path):
+def test_a_study_runs_and_its_table_names_backbone_and_checkpoint_apart(tmp_path: Path):
     protocol = cells.Protocol(
         recipe=training.Recipe(
             num_epochs=1, batch_size=12, num_train=24, num_validation=9, num_test=12, precision="float32"
@@ -80,7 +80,7 @@ def rows(accuracies: dict[str, list[float]], correct: list[int] | None = None) -
     )
 
 
-def test_names_without_a_tag_are_the_last_stage():
+def test_a_name_without_a_checkpoint_is_the_last_one():
     table = pd.DataFrame({"backbone": ["vit_micro.random", "vit_micro.epoch-0008", "vit_micro"]})
     found = during_training.with_stage(table)
     assert list(found["stage"]) == ["random", "epoch-0008", "last"]
@@ -88,7 +88,7 @@ def test_names_without_a_tag_are_the_last_stage():
     assert list(table.columns) == ["backbone"]
 
 
-def test_stages_agree_where_they_rank_sites_alike():
+def test_checkpoints_agree_where_they_rank_sites_alike():
     one = rows({"flowers": [1, 2, 3], "birds": [3, 1, 2], "cars": [1, 2, 3]})
     other = rows({"cars": [30, 20, 10], "flowers": [10, 20, 30], "birds": [1, 2, 3]})
     assert during_training.agreement(one, other).to_dict() == pytest.approx(

@@ -46,6 +46,7 @@ MODULES = {  # old name -> the modules that have its contents now, the first one
 RENAMED = {  # names that are other ones now: old module and name -> module and name
     "apthory.FullFineTuning": ("methods", "FineTuning"),
     "apthory.PromptedBackbone": ("methods", "AdaptedBackbone"),
+    "apthory.backbones.stages": ("backbones", "checkpoints"),
     "apthory.sweeps.cells": ("studies.layers", "configurations"),
     "apthory.sweeps.make": ("studies.record_format", "method_of"),
     "apthory.sweeps.make_head": ("studies.record_format", "head_of"),

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+_CLASSIFIERS = ("fc", "classifier", "head", "heads", "linear", "last_linear")  # names that models give theirs
+
 
 def freeze(model: nn.Module) -> nn.Module:
     """Eval mode, no gradients for weights, and the kernels that are fastest on this machine."""
@@ -43,6 +45,65 @@ def mean_std(model: nn.Module) -> tuple[Float[Tensor, "channel 1 1"], Float[Tens
 def architecture(model: nn.Module) -> str:
     """The name under which the backbone was made."""
     return str(as_dict(getattr(model, "pretrained_cfg", {})).get("architecture", type(model).__name__))
+
+
+def carried_classifier(model: nn.Module) -> str:
+    """The name of the linear layer that makes the model's output classes instead of features; empty if there is none.
+
+    Models of timm say it themselves. Of others it is the layer whose output the model returns, as one pass over a
+    blank image shows, if it is named as classifiers are. A projection that features end in by design, as CLIP's do, is
+    no classifier.
+    """
+    if _ends_in_projection(model):
+        return ""
+    names: dict[nn.Module | None, str] = {module: name for name, module in model.named_modules()}
+    if hasattr(model, "num_classes") and hasattr(model, "get_classifier"):
+        layers = model.get_classifier() if model.num_classes else None
+        layer = layers[0] if isinstance(layers, tuple) else layers
+        return "" if isinstance(layer, nn.Identity) else names.get(layer, "")
+    named_so = {name for module, name in names.items() if isinstance(module, nn.Linear) and _is_classifier(name)}
+    last = names.get(_last_layer(model)) if named_so else None
+    return last if last in named_so else ""
+
+
+def _ends_in_projection(model: nn.Module) -> bool:
+    """Whether it is a CLIP's image tower, ours or timm's, whose last layer is the one that CLIP was trained with.
+
+    Models of timm count that projection as their classifier. Where it was replaced or fine-tuned, it is one.
+    """
+    config = as_dict(getattr(model, "pretrained_cfg", {}))
+    name = f"{config.get('architecture')}.{config.get('tag')}"
+    is_as_trained = getattr(model, "num_classes", None) == config.get("num_classes")
+    return "clip" in name and "_ft_" not in name and is_as_trained
+
+
+def _is_classifier(name: str) -> bool:
+    """Whether a layer is named as classifiers are, such as ``fc``, ``heads.head`` or ``classifier.1``."""
+    parts = [part for part in name.split(".") if not part.isdigit()]
+    return bool(parts) and parts[-1] in _CLASSIFIERS
+
+
+def _last_layer(model: nn.Module) -> nn.Module | None:
+    """The last module without modules in it whose output is the model's; dropout, which passes it on, is none."""
+    made: list[tuple[nn.Module, Any]] = []
+    watched = [module for module in model.modules() if not isinstance(module, nn.Dropout | nn.Identity)]
+    handles = [
+        module.register_forward_hook(lambda layer, _, output: made.append((layer, output)))
+        for module in watched
+        if not any(module.children())
+    ]
+    modes = [(module, module.training) for module in model.modules()]
+    weight, side = next(model.parameters()), input_size(model)
+    try:
+        model.eval()
+        with torch.no_grad():
+            output = model(torch.zeros(1, 3, side, side, dtype=weight.dtype, device=weight.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes:
+            module.training = mode
+    return next((layer for layer, result in reversed(made) if result is output), None)
 
 
 def is_channels_last(model: nn.Module) -> bool:

@@ -1,9 +1,7 @@
-"""Frozen backbones: timm models by name, two micro networks that ship with the package, local weight files."""
+"""Backbones by name: timm's models, two micro networks that ship with the package, image towers of CLIP."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,8 @@ from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
 from apthory._tools.determinism import random_stream, same_erfinv
+from apthory.backbones import clip_towers
+from apthory.backbones.files import shipped_folder, weight_file
 from apthory.backbones.frozen import as_dict, default_device, freeze
 
 SHIPPED = ("vit_micro", "resnet_micro")
@@ -31,11 +31,13 @@ def create(name: str, num_classes: int = 0, **kwargs: Any) -> nn.Module:
     """A trainable backbone with random weights, its data configuration attached.
 
     Args:
-        name: ``vit_micro``, ``resnet_micro``, or any name that timm knows. What follows a dot names weights, which
-            make no difference here.
+        name: ``vit_micro``, ``resnet_micro``, any name that timm knows, or ``clip:`` and a name that open_clip knows.
+            What follows a dot names weights, which make no difference here.
         num_classes: Size of the classifier; 0 leaves it out, so that the result is the pooled feature.
-        kwargs: Passed on to timm, for instance ``pad_type="same"``.
+        kwargs: Passed on to timm, for instance ``pad_type="same"``, or to open_clip.
     """
+    if name.startswith(clip_towers.PREFIX):
+        return clip_towers.create(name, num_classes, **kwargs)
     family, _ = _split(name)
     if family == "vit_micro":
         shape = {"img_size": 64, "patch_size": 8, "embed_dim": 128, "depth": 8, "num_heads": 4, **kwargs}
@@ -61,7 +63,7 @@ def start(name: str, num_classes: int = 0, seed: int = 0, **kwargs: Any) -> nn.M
         return create(name, num_classes, **kwargs)
 
 
-def stages(name: str) -> tuple[str, ...]:
+def checkpoints(name: str) -> tuple[str, ...]:
     """Names of a shipped backbone for `load`, in the order of its training, from random weights to the last.
 
     ``vit_micro.random`` is the start of training, ``vit_micro.epoch-0008`` what it was eight epochs later (there are
@@ -83,7 +85,7 @@ def card(name: str) -> dict[str, Any]:
 def load(
     name: str,
     *,
-    pretrained: bool = True,
+    pretrained: bool | str | None = True,
     weights: str | Path | None = None,
     num_classes: int = 0,
     input_size: int | None = None,
@@ -95,53 +97,43 @@ def load(
     """A frozen backbone in eval mode that maps normalized images to pooled features.
 
     Args:
-        name: ``vit_micro`` or ``resnet_micro`` (weights ship with the package, also those of `stages`, such as
-            ``vit_micro.random``), or any timm name.
-        pretrained: Use the shipped weights, or timm's. ``False`` leaves random weights.
+        name: ``vit_micro`` or ``resnet_micro`` (weights ship with the package, also those of `checkpoints`, such as
+            ``vit_micro.random``), any timm name, or ``clip:`` and an architecture that open_clip knows, such as
+            ``clip:ViT-B-32``: the image tower of a CLIP, which `clip.of` completes.
+        pretrained: Use the shipped weights, or timm's. ``False`` or None leaves random weights. Of a CLIP also the
+            tag of its weights, or a file of them, as for `clip.load`; OpenAI's by default.
         weights: A safetensors file with a state dict, used instead, also looked for in the folder that
-            APTHORY_WEIGHTS names; half precision is widened to float32.
+            APTHORY_WEIGHTS names; half precision is widened to float32. Of a CLIP it holds both towers.
         num_classes: 0 drops the classifier; otherwise it must match the weights.
-        input_size: Side in pixels when it differs from the model's own data configuration. A ViT is also laid out
-            for it: give ``img_size`` instead.
+        input_size: Side in pixels when it differs from the model's own data configuration. A ViT of timm is also
+            laid out for it: give ``img_size`` instead. A CLIP is laid out for it here.
         mean: Mean by channel, of pixels in [0, 1], when the weight file wants another than the model's own.
         std: Standard deviation by channel, likewise.
         device: ``"auto"`` takes a CUDA device if there is one.
-        kwargs: Passed on to timm, for instance ``pad_type="same"``.
+        kwargs: Passed on to timm, for instance ``pad_type="same"``, or to open_clip.
 
     Raises:
+        ImportError: If the name is that of a CLIP, and open_clip is not installed.
         ValueError: If the name is unknown or a weight file does not fit the architecture.
-        OSError: If the weight file, or timm's download, cannot be had.
+        OSError: If the weight file, or a download, cannot be had.
     """
-    family, tag = _split(name)
-    is_ours = family in SHIPPED and pretrained and weights is None
-    if tag and not is_ours:
-        raise ValueError(f"{name!r} names weights by itself; give it alone, or {family!r} with weights= or pretrained=")
-    if is_ours and tag != "random":
-        weights = _shipped(name)
-    if is_ours or weights is not None or not pretrained:
-        model = create(name, num_classes, **kwargs)
-    elif not timm.is_model(name):
-        model = create(name)  # raises, naming what there is
+    place = default_device() if device == "auto" else device
+    if name.startswith(clip_towers.PREFIX):
+        model = clip_towers.load(name, pretrained, weights, num_classes, input_size, place, **kwargs)
+    elif isinstance(pretrained, str):
+        raise ValueError(
+            f"pretrained is {pretrained!r}, expected True or False for {name!r}; name timm's weights after a dot, as "
+            "in 'resnet50.a1_in1k', and a file by weights=FILE.safetensors"
+        )
     else:
-        try:
-            model = timm.create_model(name, pretrained=True, num_classes=num_classes, **kwargs)
-        except Exception as error:  # the hub's errors are many: offline, gated, unknown tag
-            raise OSError(
-                f"pretrained weights of {name!r} cannot be had ({type(error).__name__}: {error}); "
-                "pass weights=FILE.safetensors, or pretrained=False for random weights"
-            ) from error
-    if weights is not None:
-        _fill(model, load_file(weight_file(weights)), Path(weights).name, name, num_classes)
-    elif is_ours:  # with a classifier as large as in training, which takes random numbers too
-        first = start(name, _num_source_classes(model, _shipped(family), family), **kwargs)
-        _fill(model, first.state_dict(), "random weights", name, num_classes)
+        model = _load(name, bool(pretrained), weights, num_classes, kwargs)
     input_size = input_size or kwargs.get("img_size")
     laid_out = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if input_size and laid_out and set(laid_out) != {input_size}:
         raise ValueError(f"{name!r} is laid out for {laid_out[0]} pixels, not {input_size}; pass img_size={input_size}")
     own = {"input_size": input_size and (3, input_size, input_size), "mean": mean, "std": std}
     model.pretrained_cfg = as_dict(model.pretrained_cfg) | {k: tuple(v) for k, v in own.items() if v}
-    return freeze(model).to(default_device() if device == "auto" else device)
+    return freeze(model).to(place)
 
 
 def classifier(
@@ -159,10 +151,14 @@ def classifier(
         ValueError: If the name is unknown, the file has no classifier, or the classifier is not linear in the features.
         OSError: If the weight file, or timm's download, cannot be had.
     """
-    family, tag = _split(name)
+    family, checkpoint = _split(name)
     file = weights
     if family in SHIPPED and weights is None:
-        file = _shipped(family if tag == "random" else name)
+        file = _shipped(family if checkpoint == "random" else name)
+    if name.startswith(clip_towers.PREFIX):
+        raise ValueError(
+            f"{name!r} has no source classifier; clip.of(backbone).text_head(classes) makes a head of class names"
+        )
     if file is not None:
         shape = {key: value for key, value in kwargs.items() if key not in ("input_size", "mean", "std")}
         num_classes = _num_source_classes(create(name, **shape), weight_file(file), name)
@@ -180,35 +176,16 @@ def classifier(
     return linear
 
 
-def weight_file(path: str | Path) -> Path:
-    """The path itself, or the file of that name in the folder that APTHORY_WEIGHTS names.
-
-    Raises:
-        OSError: If there is neither.
-    """
-    path = Path(path)
-    if not path.is_file():
-        path = Path(os.environ.get("APTHORY_WEIGHTS", ".")) / path
-    if not path.is_file():
-        raise OSError(f"no weight file {path}; pass weights=FILE.safetensors, or set APTHORY_WEIGHTS to its folder")
-    return path
-
-
-def shipped_folder() -> Path:
-    """Where the weights that ship lie, each with its model card."""
-    return Path(str(resources.files("apthory.backbones") / "weights"))
-
-
 def _split(name: str) -> tuple[str, str]:
-    """A shipped backbone's architecture and the tag of its weights; other names are left as they are."""
-    family, _, tag = name.partition(".")
-    return (family, tag) if family in SHIPPED else (name, "")
+    """A shipped backbone's architecture and its checkpoint; other names are left as they are."""
+    family, _, checkpoint = name.partition(".")
+    return (family, checkpoint) if family in SHIPPED else (name, "")
 
 
 def _shipped(name: str) -> Path:
     path = shipped_folder() / f"{name}.safetensors"
     if not path.is_file():
-        known = ", ".join(stage for family in SHIPPED for stage in stages(family)[1:])
+        known = ", ".join(checkpoint for family in SHIPPED for checkpoint in checkpoints(family)[1:])
         starts = ", ".join(f"{family}.random" for family in SHIPPED)
         raise ValueError(
             f"no file of {name!r} ships with the package; there are {known} (and {starts}, which need none)"
@@ -228,6 +205,36 @@ def _num_source_classes(model: nn.Module, path: Path, name: str) -> int:
         if missing := [key for key in keys if key not in file.keys()]:  # noqa: SIM118
             raise ValueError(f"{path.name} has no {missing[0]!r}, so it holds no source classifier of {name!r}")
         return int(file.get_slice(keys[0]).get_shape()[0])
+
+
+def _load(
+    name: str, pretrained: bool, weights: str | Path | None, num_classes: int, kwargs: Mapping[str, Any]
+) -> nn.Module:
+    """A shipped backbone, or one of timm, with its weights."""
+    family, checkpoint = _split(name)
+    is_ours = family in SHIPPED and pretrained and weights is None
+    if checkpoint and not is_ours:
+        raise ValueError(f"{name!r} names weights by itself; give it alone, or {family!r} with weights= or pretrained=")
+    if is_ours and checkpoint != "random":
+        weights = _shipped(name)
+    if is_ours or weights is not None or not pretrained:
+        model = create(name, num_classes, **kwargs)
+    elif not timm.is_model(name):
+        model = create(name)  # raises, naming what there is
+    else:
+        try:
+            model = timm.create_model(name, pretrained=True, num_classes=num_classes, **kwargs)
+        except Exception as error:  # the hub's errors are many: offline, gated, unknown tag
+            raise OSError(
+                f"pretrained weights of {name!r} cannot be had ({type(error).__name__}: {error}); "
+                "pass weights=FILE.safetensors, or pretrained=False for random weights"
+            ) from error
+    if weights is not None:
+        _fill(model, load_file(weight_file(weights)), Path(weights).name, name, num_classes)
+    elif is_ours:  # with a classifier as large as in training, which takes random numbers too
+        first = start(name, _num_source_classes(model, _shipped(family), family), **kwargs)
+        _fill(model, first.state_dict(), "random weights", name, num_classes)
+    return model
 
 
 def _fill(model: nn.Module, state: Mapping[str, Tensor], source: str, name: str, num_classes: int) -> None:

@@ -58,13 +58,13 @@ def race_words(backbone: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[s
     """Time CLIP's text features for the embedded textures, and a run of VP with the head they make.
 
     Args:
-        backbone: Arguments of `clip.of`; random weights cost what trained ones do.
+        backbone: Arguments of `backbones.load`, of a CLIP; random weights cost what trained ones do.
         recipe: Of the run.
 
     Returns:
         Seconds by piece of work, of the second time; the device.
     """
-    towers, how = clip.of(backbone), record_format.recipe_of(recipe)
+    towers, how = clip.of(backbones.load(**backbone)), record_format.recipe_of(recipe)
     task = tasks.load("textures", backbones.input_size(towers.image))
     one = [training.Configuration(learning_rate=prefix_cache.RATES[0])]
     head = towers.text_head(task.classes)

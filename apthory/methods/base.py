@@ -155,4 +155,4 @@ def placed(backbone: nn.Module, edits: Mapping[str, nn.Module]) -> dict[str, Any
         if edge != "output" or not layer:
             raise ValueError(f"an edit that sees its layer's input acts on an output; {place!r} is none: give MODULE:output")
         arguments["replace"][layer] = WithInput(backbone.get_submodule(layer), edit)
-    return {name: value for name, value in arguments.items() if value or name == "edits"}
+    return arguments

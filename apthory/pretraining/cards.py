@@ -9,7 +9,7 @@ from typing import Any
 from apthory import backbones
 from apthory._tools.files import write_atomically
 
-MAX_STAGES = 8_000_000  # bytes of all shipped files from before the end of training, together
+MAX_CHECKPOINT_BYTES = 8_000_000  # bytes of all shipped files from before the end of training, together
 _WEIGHTS = {"ema": "moving average", "model": "as trained"}
 _ENDINGS = (".safetensors", ".json", ".md")
 
@@ -97,12 +97,12 @@ def problems(weights: Path) -> list[str]:
         model = backbones.load(card["backbone"], weights=weights, num_classes=num_classes, device="cpu")
     except ValueError as error:  # no card, or other shapes
         return [str(error)]
-    _, _, tag = weights.stem.partition(".")
+    _, _, checkpoint = weights.stem.partition(".")
     facts = {
         "name": (card["file"]["name"], weights.name),
         "number of parameters": (card["parameters"], sum(parameter.numel() for parameter in model.parameters())),
         "side of the images": (card["recipe"]["size"], backbones.input_size(model)),
-        "epochs": (f"epoch-{card['epochs']:04d}", tag or f"epoch-{card['recipe']['epochs']:04d}"),
+        "epochs": (f"epoch-{card['epochs']:04d}", checkpoint or f"epoch-{card['recipe']['epochs']:04d}"),
     }
     return [
         f"{weights.name}: the {name} of its card, {said!r}, is not that of the file, {true!r}"
@@ -145,11 +145,12 @@ def ship(files: Sequence[Path], folder: Path | None = None) -> list[Path]:
             raise ValueError(f"{path.name} is not on the way to {last.name}, which left that run at epoch {ended}")
     replaced = {card["backbone"] for card in cards.values()}
     there = {path for path in folder.glob("*.*") if path.name.partition(".")[0] in replaced}
-    stages = [*cards, *(path for path in folder.glob("*.safetensors") if path not in there)]
-    sizes = {path.name: path.stat().st_size for path in stages if "." in path.stem}
-    if sum(sizes.values()) > MAX_STAGES:
+    kept = [*cards, *(path for path in folder.glob("*.safetensors") if path not in there)]
+    sizes = {path.name: path.stat().st_size for path in kept if "." in path.stem}
+    if sum(sizes.values()) > MAX_CHECKPOINT_BYTES:
         sizes_said = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items())
-        raise ValueError(f"epochs may take {MAX_STAGES / 1e6:.0f} MB together, not {sizes_said}; leave one out")
+        limit = f"{MAX_CHECKPOINT_BYTES / 1e6:.0f} MB"
+        raise ValueError(f"epochs may take {limit} together, not {sizes_said}; leave one out")
     written = []
     for path, card in cards.items():
         content, target = path.read_bytes(), folder / path.name

@@ -16,7 +16,7 @@ from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -29,7 +29,8 @@ from apthory._tools.progress import progress
 from apthory.lab import records
 from apthory.studies import record_format
 
-_SOURCES = (determinism, sites, methods, heads, training, backbones, tasks)  # whose code decides what a cell records
+# Whose code decides what a cell records.
+_SOURCES = (determinism, sites, methods, heads, training, backbones, clip, tasks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +119,8 @@ def fetch(
         records.note(record.key)
         warnings.warn(f"taking the record of {config['task']!r} as it is, since {error}", stacklevel=2)
         return record
-    is_clip = clip.is_tower(config["backbone"])
-    sources = (*_SOURCES, *sources, clip) if is_clip else (*_SOURCES, *sources)
-    return records.fetch(function, config, **_digests(config, model, task), sources=sources, folder=folder)
+    sources = (*_SOURCES, *sources)
+    return records.fetch(function, config, **_digests(model, task), sources=sources, folder=folder)
 
 
 def _recorded(
@@ -131,14 +131,12 @@ def _recorded(
         model, task = load(config["backbone"], config["task"], config["size"])
     except (ValueError, OSError):
         return fetch(config, folder, function)  # reads, or says what is wrong
-    return records.lookup(function or run_cell, config, **_digests(config, model, task), folder=folder)
+    return records.lookup(function or run_cell, config, **_digests(model, task), folder=folder)
 
 
-def _digests(config: Mapping[str, Any], model: nn.Module, task: tasks.Task) -> dict[str, Any]:
+def _digests(model: nn.Module, task: tasks.Task) -> dict[str, Any]:
     """What a record's key takes besides the configuration."""
-    is_clip = clip.is_tower(config["backbone"])  # its text tower may be the head
-    weights = clip.of(config["backbone"]).model if is_clip else model
-    return {"data": task.digest, "weights": record_format.weights(backbones.digest(weights))}
+    return {"data": task.digest, "weights": record_format.digest(model)}
 
 
 @records.versioned(1, name="apthory.sweeps.run_cell")
@@ -267,7 +265,7 @@ def best_sites(table: pd.DataFrame) -> pd.DataFrame:
 
 def load(backbone: Mapping[str, Any], task: str, size: int) -> tuple[nn.Module, tasks.Task]:
     """Backbone and task of a configuration, from memory where they were wanted before."""
-    return backbone_of(json.dumps(dict(backbone))), _task(task, size)
+    return record_format.backbone_of(backbone), _task(task, size)
 
 
 def _fit_random(
@@ -315,13 +313,6 @@ def _by_config(folder: Path, name: str) -> dict[str, records.Record]:
     return by_config(records.load_all(folder, name))
 
 
-@lru_cache(maxsize=4)
-def backbone_of(spec: str) -> nn.Module:
-    """A backbone by its fields as JSON, from memory where it was wanted before."""
-    fields = json.loads(spec)
-    return clip.of(fields).image if clip.is_tower(fields) else backbones.load(**fields)
-
-
 @lru_cache(maxsize=16)  # a sweep goes over its tasks several times
 def _task(name: str, size: int) -> tasks.Task:
     return tasks.load(name, size)
@@ -329,19 +320,22 @@ def _task(name: str, size: int) -> tasks.Task:
 
 @lru_cache
 def _depth(spec: str, site: str) -> float:
-    fields = json.loads(spec)
-    is_clip = clip.is_tower(fields)
-    model = clip.of(fields | {"pretrained": None}).image if is_clip else backbones.create(**_architecture(fields))
-    blocks = sites.list_sites(model)
     if site == ":output":
         return 1.0
+    blocks = _places(spec, "block")
     if site not in blocks:  # a norm layer: as far between its block's ends as its rank among the block's norms says
-        places = sites.list_sites(model, "all")
+        places = _places(spec, "all")
         bounds = [index for index, name in enumerate(places) if name in blocks]
         position = float(np.interp(places.index(site), bounds, range(len(bounds))))
     else:
         position = blocks.index(site)
     return position / (len(blocks) - 1)
+
+
+@lru_cache
+def _places(spec: str, kind: Literal["block", "all"]) -> tuple[str, ...]:
+    """Sites of a backbone, which need no weights."""
+    return tuple(sites.list_sites(backbones.create(**_architecture(json.loads(spec))), kind))
 
 
 def _architecture(spec: Mapping[str, Any]) -> dict[str, Any]:

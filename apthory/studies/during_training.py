@@ -1,4 +1,4 @@
-"""How the layer preference arises: prompts by site on what a backbone was at several stages of its training."""
+"""How the layer preference arises: prompts by site on what a backbone was at several checkpoints of its training."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,8 +11,8 @@ from apthory.studies import cells, layers
 
 # Every second place between blocks, from the first block's input to the last one's output.
 _EVERY = layers.Study(
-    protocol=layers.STUDIES["small"]["S"].protocol,  # the last stage's cells are those of Sweep S
-    backbones=tuple({"name": stage} for name in backbones.SHIPPED for stage in backbones.stages(name)),
+    protocol=layers.STUDIES["small"]["S"].protocol,  # the last checkpoint's cells are those of Sweep S
+    backbones=tuple({"name": checkpoint} for name in backbones.SHIPPED for checkpoint in backbones.checkpoints(name)),
     tasks=("cifar10", "gtsrb", "dtd10", "pacs"),  # objects, signs, textures, styles
     last_sites=9,
     site_every=2,
@@ -31,7 +31,10 @@ STUDIES: Mapping[str, Mapping[str, layers.Study]] = {
 
 
 def with_stage(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `cells.table` with the column stage: ``random``, ``epoch-0008``, or ``last``; backbone is without it."""
+    """Rows of `cells.table` with the checkpoint in a column of its own, stage, and backbone without it.
+
+    It is ``random``, ``epoch-0008``, or ``last``.
+    """
     parts = table["backbone"].str.partition(".")
     return table.assign(backbone=parts[0], stage=parts[2].replace("", "last"))
 

@@ -1,6 +1,5 @@
 """Layer studies: prompts and their controls at every site of some backbones on some tasks."""
 
-import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import pandas as pd
 from apthory import sites, training
 from apthory.lab import records
 from apthory.studies import record_format
-from apthory.studies.cells import Protocol, backbone_of, cell, fetch_all, table
+from apthory.studies.cells import Protocol, cell, fetch_all, table
 
 SMALL_TASKS = ("cifar10", "gtsrb", "caltech101", "dtd10", "pacs", "rsscn7", "sign_digits", "trashnet")
 MOBILENET = {
@@ -114,7 +113,7 @@ def configurations(study: Study) -> Iterable[dict[str, Any]]:
     """Configurations of `run_cell`: the prompts and cheap controls first, then the controls that cost as much."""
     every, costly = [], []
     for backbone in study.backbones:
-        model = backbone_of(json.dumps(dict(backbone)))
+        model = record_format.backbone_of(backbone)
         places = sites.list_sites(model)
         chosen = (places if study.last_sites is None else places[-study.last_sites :])[:: study.site_every]
         with_norm, with_frozen = chosen[-2::-1][:: study.norm_every], chosen[-2::-1][:: study.frozen_every]

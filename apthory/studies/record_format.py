@@ -5,9 +5,13 @@ another way. Code may rename a field or add one; what is written stays as it was
 only where it differs from its default.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import lru_cache
 from typing import Any
+
+from torch import nn
 
 from apthory import backbones, clip, heads, methods, training
 
@@ -99,6 +103,16 @@ def weights(digest: str) -> str:
     return _WEIGHTS.get(digest, digest)
 
 
+def digest(backbone: nn.Module) -> str:
+    """The digest by which records name a backbone's weights: of an image tower that of its whole CLIP."""
+    return weights(backbones.digest(backbones.whole(backbone)))
+
+
+def backbone_of(spelled: Mapping[str, Any]) -> nn.Module:
+    """The backbone behind a recorded one, from memory where it was wanted before."""
+    return _backbone(json.dumps(dict(spelled)))
+
+
 # Methods whose name in records differs from their name in `methods.METHODS`, and fields that have another name now.
 _METHODS = {"frozen_head": "ap", "site_probe": "linear_probe", "full": "fine_tuning"}
 _OPTIONS = {"rate": "lr_scale", "relative": "in_rms_units", "generator_rate": "generator_lr_scale"}
@@ -136,5 +150,16 @@ def head_of(
     if spelled is None:
         return None
     if "template" in spelled:
-        return clip.text_head_of(backbone, classes, **spelled)
+        return _text_head(json.dumps(dict(backbone)), tuple(classes), **spelled)
     return heads.LabelMapping(backbones.classifier(**backbone), **spelled)
+
+
+@lru_cache(maxsize=4)
+def _backbone(spec: str) -> nn.Module:
+    return backbones.load(**json.loads(spec))
+
+
+@lru_cache
+def _text_head(spec: str, classes: tuple[str, ...], template: str) -> heads.TextHead:
+    """The text tower runs once for all studies of a process."""
+    return clip.of(_backbone(spec)).text_head(classes, template)

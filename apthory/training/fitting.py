@@ -120,6 +120,12 @@ def check_ready(backbone: nn.Module, task: Task) -> None:
         raise ValueError(f"expected a backbone (a module), then a task of load_task; got {given}")
     if backbone.training or any(parameter.requires_grad for parameter in backbone.parameters()):
         raise ValueError("the backbone is in train mode or its weights want gradients; call backbones.freeze(model)")
+    if classifier := backbones.carried_classifier(backbone):
+        warnings.warn(
+            f"the backbone still ends in its classifier {classifier!r}, whose logits are taken for features; load it with "
+            f"num_classes=0, or put nn.Identity() in the place of {classifier!r}",
+            stacklevel=3,
+        )
     side, expected = task.train.shape[-1], backbones.input_size(backbone)
     if side != expected:
         raise ValueError(
