@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from apthory import backbones, methods, sites
 from apthory.heads import LinearHeads
-from apthory.methods import METHODS, ActivationPrompting, FixedPrompt, FineTuning, LinearProbe, NormTuning
+from apthory.methods import METHODS, ActivationPrompting, FineTuning, FixedPrompt, LinearProbe, NormTuning
 
 SITE = {"vit": "blocks.1:input", "resnet": "layer2.0:input", "swin": "layers.1.blocks.0:input"}
 
@@ -123,7 +123,9 @@ def test_norm_tuning_is_other_gammas_and_betas(family: str, site: str, layers: s
             shift = 0 if edit.shift is None else edit.shift[k].flatten()
             assert (edit.scale is None, edit.shift is None) == (parameters == "beta", parameters == "gamma")
             weights[f"{layer}.weight"] = gamma * (1 + scale)
-            weights[f"{layer}.bias"] = beta if parameters == "gamma" else beta * (1 + scale) + stack.template.unit * shift
+            weights[f"{layer}.bias"] = (
+                beta if parameters == "gamma" else beta * (1 + scale) + stack.template.unit * shift
+            )
         with torch.no_grad():
             expected = functional_call(backbone, weights, (x,))
         torch.testing.assert_close(got[k], expected, rtol=1e-3, atol=1e-4)

@@ -3,13 +3,14 @@
 import inspect
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from apthory import backbones, methods, sites
@@ -159,18 +160,26 @@ def test_a_file_is_kilobytes_and_holds_no_weight_of_the_backbone(tmp_path: Path)
     prompt = ActivationPrompt.zeros(backbone, "blocks.3")
     path = files.save(tmp_path / "prompt.safetensors", prompt, backbone, nn.Linear(128, 10))
     with safe_open(path, "pt") as file:
-        assert set(file.keys()) == {"prompt", "head.weight", "head.bias"}
+        place = "edits.blocks.4:input"
+        names = {f"{place}.values", f"{place}.unit", f"{place}.activation_norm", "head.weight", "head.bias"}
+        assert set(file.keys()) == names
         config = json.loads(file.metadata()["apthory"])
     numbers = 65 * 128 + 10 * 128 + 10
-    assert path.stat().st_size < 4 * numbers + 1000
+    assert path.stat().st_size < 4 * numbers + 2000
     assert path.stat().st_size < sum(p.numel() * 4 for p in backbone.parameters()) / 100
-    assert config == {
-        "format": "apthory.prompt/1",
-        "site": "blocks.4:input",
-        "shape": "full",
+    options = {"site": "blocks.4:input", "shape": "full", "in_rms_units": False, "lr_scale": 10.0}
+    assert {name: value for name, value in config.items() if name not in ("mean", "std", "tensors_sha256")} == {
+        "format": "apthory.adapted/2",
+        "method": "ap",
+        "options": options,
+        "head": "linear",
+        "classes": [],
+        "image_size": 64,
+        "transform": "",
         "backbone": "vit_micro",
         "digest": backbones.digest(backbone),
     }
+    assert config == files.describe(path)
     assert [file.name for file in tmp_path.iterdir()] == ["prompt.safetensors"]
 
 
@@ -191,24 +200,144 @@ def test_other_weights_are_refused(tmp_path: Path):
         files.load(path, other)
 
 
-def rewrite(path: Path, tensors: dict | None = None, **changes: str) -> Path:
-    """The same file with other tensors or metadata."""
+def rewrite(path: Path, tensors: dict | None = None, **changes: object) -> Path:
+    """The same file with other tensors or metadata; a value of None takes its field away."""
     with safe_open(path, "pt") as file:
         config = json.loads(file.metadata()["apthory"]) | changes
         old = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    save_file(tensors or old, path, {"apthory": json.dumps(config)})
+    config = {name: value for name, value in config.items() if value is not None}
+    save_file(old if tensors is None else tensors, path, {"apthory": json.dumps(config)})
     return path
 
 
-def test_a_wrong_shape_or_site_is_refused(tmp_path: Path):
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
     backbone = tiny.backbone("vit")
-    path = files.save(tmp_path / "p.safetensors", random_prompt(backbone, "blocks.1"), backbone)
-    with pytest.raises(
-        ValueError, match=r"prompt of shape \(3, 32\); 'blocks.2:input' of this backbone takes \(17, 32\)"
-    ):
-        files.load(rewrite(path, {"prompt": torch.zeros(3, 32)}), backbone)
+    linear = nn.Linear(32, 3)
+    return files.save(tmp_path / "p.safetensors", random_prompt(backbone, "blocks.1"), backbone, linear)
+
+
+def test_a_wrong_shape_or_site_is_refused(saved: Path):
+    backbone, place = tiny.backbone("vit"), "edits.blocks.2:input"
+    with safe_open(saved, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        options = json.loads(file.metadata()["apthory"])["options"]
+    other = tensors | {f"{place}.values": torch.zeros(3, 32)}
+    with pytest.raises(ValueError, match=r"p.safetensors does not fit 'tiny_vit' .*it may be damaged: save it anew"):
+        files.load(rewrite(saved, other, tensors_sha256=files._digest(other)), backbone)
+    rewrite(saved, tensors, tensors_sha256=files._digest(tensors))
     with pytest.raises(ValueError, match=r"no module 'blocks.9'"):
-        files.load(rewrite(path, site="blocks.9:input"), backbone)
+        files.load(rewrite(saved, options=options | {"site": "blocks.9:input"}), backbone)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"method": None}, "its method is None, and should be a str"),
+        ({"options": None}, "its options is None, and should be a dict"),
+        ({"options": {"place": 3}}, "does not fit 'tiny_vit'"),
+        ({"method": "lora"}, "no method 'lora'; there are ap, norm"),
+        ({"head": ""}, r"a head of the kind '' has the tensors \[\], and there are \['bias', 'weight'\]"),
+        ({"head": "cosine"}, r"a head of the kind 'cosine' has the tensors \['weight', 'scale'\]"),
+        ({"head": "mlp"}, "a head of the kind 'mlp'"),
+        ({"classes": ["a", "b"]}, r"it names 2 classes, and its head has weights of shape \(3, 32\)"),
+        ({"image_size": 64}, "trained with image_size 64, and this backbone has 32; load the backbone with the same"),
+        ({"mean": [0.0, 0.0, 0.0]}, r"trained with mean \[0.0, 0.0, 0.0\], and this backbone has"),
+        ({"tensors_sha256": "0" * 64}, "its tensors are not those that were saved"),
+        ({"digest": None}, "its digest is None"),
+        ({"format": "apthory.adapted/3"}, "format 'apthory.adapted/3'.*a newer version of apthory may read it"),
+    ],
+)
+def test_metadata_that_cannot_be_right_are_refused(changes: dict, fault: str, saved: Path):
+    with pytest.raises(ValueError, match=fault):
+        files.load(rewrite(saved, **changes), tiny.backbone("vit"))
+
+
+def test_a_renamed_head_is_refused_instead_of_lost(saved: Path):
+    with safe_open(saved, "pt") as file:
+        tensors = {name.replace("head.", "haed."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with pytest.raises(ValueError, match=r"its tensors are not those that were saved"):
+        files.load(rewrite(saved, tensors), tiny.backbone("vit"))
+    with pytest.raises(ValueError, match=r"a head of the kind 'linear' has the tensors .*, and there are \[\]"):
+        files.load(rewrite(saved, tensors, tensors_sha256=files._digest(tensors)), tiny.backbone("vit"))
+
+
+def test_a_flipped_bit_is_refused(saved: Path):
+    content = bytearray(saved.read_bytes())
+    content[-100] ^= 16  # in the last tensor
+    saved.write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged: its tensors are not those that were saved; save it anew, or cop"):
+        files.load(saved, tiny.backbone("vit"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_neither_saved_nor_loaded(value: float, saved: Path):
+    backbone = tiny.backbone("vit")
+    prompt = random_prompt(backbone, "blocks.1")
+    with torch.no_grad():
+        prompt.delta[0, 0] = value
+    before = saved.read_bytes()
+    with pytest.raises(ValueError, match=r"edits.blocks.2:input.values has values that are not finite, so .* not writ"):
+        files.save(saved, prompt, backbone)
+    assert saved.read_bytes() == before
+    with safe_open(saved, "pt") as file:
+        tensors = {name: torch.full_like(file.get_tensor(name), value) for name in file.keys()}  # noqa: SIM118
+    with pytest.raises(ValueError, match=r"is damaged: .* has values that are not finite"):
+        files.load(rewrite(saved, tensors, tensors_sha256=files._digest(tensors)), backbone)
+
+
+def test_metadata_that_are_no_json_are_refused(tmp_path: Path):
+    save_file({"prompt": torch.zeros(17, 32)}, tmp_path / "p.safetensors", {"apthory": '{"format": "apthory.p'})
+    with pytest.raises(ValueError, match=r"p.safetensors is not a prompt saved by apthory \(its metadata are no JSON"):
+        files.load(tmp_path / "p.safetensors", tiny.backbone("vit"))
+
+
+# ---------------------------------------------------------------------------------- files of version 0.1.0
+
+OLD = Path(__file__).parent / "saved_0_1_0"
+
+
+@pytest.fixture(scope="module")
+def resnet_micro() -> nn.Module:
+    return backbones.load("resnet_micro", device="cpu")
+
+
+@pytest.mark.parametrize("name", ["full", "channel", "vp", "evp", "adavipro"])
+def test_a_file_of_version_0_1_0_gives_its_logits_and_can_be_saved_anew(
+    name: str, resnet_micro: nn.Module, tmp_path: Path
+):
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    model = files.load(OLD / f"{name}.safetensors", resnet_micro)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), load_file(OLD / "logits.safetensors")[name], rtol=1e-4, atol=1e-4)
+        again = files.load(files.save_model(tmp_path / "new.safetensors", model), resnet_micro)
+        assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "fault"),
+    [
+        ("full", {"site": None}, "is damaged: its site is None, and should be a str"),
+        ("full", {"shape": None}, "is damaged: its shape is None"),
+        ("evp", {"layout": {"size": 64}}, "is damaged"),
+        ("evp", {"layout": None}, "is damaged: its layout is None"),
+    ],
+)
+def test_a_damaged_file_of_version_0_1_0_is_refused(
+    name: str, changes: dict, fault: str, resnet_micro: nn.Module, tmp_path: Path
+):
+    path = shutil.copy(OLD / f"{name}.safetensors", tmp_path / "p.safetensors")
+    with pytest.raises(ValueError, match=fault):
+        files.load(rewrite(path, **changes), resnet_micro)
+
+
+def test_a_renamed_head_of_version_0_1_0_is_refused(resnet_micro: nn.Module, tmp_path: Path):
+    tensors = load_file(OLD / "full.safetensors")
+    for old, new in (("head.", "haed."), ("head.weight", "head.weigth")):
+        path = shutil.copy(OLD / "full.safetensors", tmp_path / "p.safetensors")
+        renamed = {name.replace(old, new): value for name, value in tensors.items()}
+        with pytest.raises(ValueError, match="is damaged"):
+            files.load(rewrite(path, renamed), resnet_micro)
 
 
 @pytest.mark.parametrize("metadata", [None, {"apthory": "{}"}, {"apthory": '{"format": "apthory.prompt/99"}'}])

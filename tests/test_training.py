@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from apthory import backbones, heads, methods, sites, tasks, training
-from apthory.methods import ActivationPrompting, FixedPrompt, FineTuning, LinearProbe, Method, NormTuning, files
+from apthory.methods import ActivationPrompting, FineTuning, FixedPrompt, LinearProbe, Method, NormTuning, files
 from apthory.training import Configuration, Fit, FrozenHead, Recipe, fitting
 from apthory.training import cache as training_cache
 from apthory.training.optimizer import Optimizer
@@ -329,7 +329,9 @@ def test_nothing_to_tune_is_an_error(empty: dict, task: tasks.Task):
 @pytest.mark.parametrize("head", ["iterative", torch.zeros(3), heads.LabelMapping])
 def test_a_head_of_no_kind_is_an_error(head: object, task: tasks.Task):
     untyped = inspect.unwrap(training.fit)  # past the type checks of tests
-    with pytest.raises(ValueError, match=r"head is .*; expected LinearHead\(\), LabelMapping\(classifier, ...\), FrozenHead\(fits\) or"):
+    with pytest.raises(
+        ValueError, match=r"head is .*; expected LinearHead\(\), LabelMapping\(classifier, ...\), FrozenHead\(fits\) or"
+    ):
         untyped(tiny.backbone("resnet"), task, LinearProbe(), head=head)
 
 
@@ -360,7 +362,10 @@ def test_the_old_way_to_ask_for_a_frozen_head_gives_the_same(task: tasks.Task):
         assert_same_fit(one, other, exact=True)
     with pytest.raises(ValueError, match=r"head='frozen'; give the head itself: fit\(..., head=FrozenHead\(fits\)\)"):
         training.fit(backbone, task, old_method, BUNDLE[:2], recipe=recipe)
-    with pytest.warns(DeprecationWarning), pytest.raises(ValueError, match="have a LinearHead; head= asks for a TextHe"):
+    with (
+        pytest.warns(DeprecationWarning, match="heads of fit"),
+        pytest.raises(ValueError, match="have a LinearHead; head= asks for a TextHe"),
+    ):
         training.fit(tiny.backbone("vit"), task, method, BUNDLE[:2], recipe=recipe, head=HEADS["text"], heads=probes)
 
 
@@ -605,7 +610,13 @@ def test_each_seed_gets_its_own_frozen_head(tuned_rates: dict, task: tasks.Task)
     tuned_rates["peak"] = 2.0
     method, rates = ActivationPrompting(site="blocks.1:input"), (1.0, 2.0, 4.0)
     training.tune(
-        tiny.backbone("vit"), task, method, recipe=RECIPE, learning_rates=rates, seeds=(0, 1, 2), head=FrozenHead(probes)
+        tiny.backbone("vit"),
+        task,
+        method,
+        recipe=RECIPE,
+        learning_rates=rates,
+        seeds=(0, 1, 2),
+        head=FrozenHead(probes),
     )
     assert [[fit.configuration.seed for fit in head.fits] for head in tuned_rates["heads"]] == [[0, 0, 0], [1, 2]]
 

@@ -34,7 +34,9 @@ class Method:
         """The backbone with the edits of so many configurations."""
         rows = [self.edits(backbone) for _ in range(num)]
         if bare := [place for place in rows[0] if ":" not in place]:
-            raise ValueError(f"the place {bare[0]!r} of an edit has no edge; write '{bare[0]}:input' or '{bare[0]}:output'")
+            raise ValueError(
+                f"the place {bare[0]!r} of an edit has no edge; write '{bare[0]}:input' or '{bare[0]}:output'"
+            )
         stacks = {place: edit.stack([row[place] for row in rows]) for place, edit in rows[0].items()}
         return prepared(backbone, self.site, stacks, partial(self.edits, backbone))
 
@@ -54,7 +56,9 @@ class PreparedBackbone:
     suffix: nn.Module  # tensors for the stacked configurations -> features
     stacks: Mapping[str, Stack] = field(default_factory=dict)  # what is trained, by place
     new_edits: Callable[[], Mapping[str, Edit]] | None = None  # of one configuration, as their constructor draws them
-    held: Mapping[str, nn.Module] = field(default_factory=dict)  # edits inside the prefix, by place; they stay as they are
+    held: Mapping[str, nn.Module] = field(
+        default_factory=dict
+    )  # edits inside the prefix, by place; they stay as they are
     reads_prefix: bool = False  # whether what crosses the cut is the feature itself
     generators: list[torch.Generator] = field(default_factory=list)  # what is random is drawn from, one each
 
@@ -153,6 +157,8 @@ def placed(backbone: nn.Module, edits: Mapping[str, nn.Module]) -> dict[str, Any
             continue
         layer, _, edge = place.rpartition(":")
         if edge != "output" or not layer:
-            raise ValueError(f"an edit that sees its layer's input acts on an output; {place!r} is none: give MODULE:output")
+            raise ValueError(
+                f"an edit that sees its layer's input acts on an output; {place!r} is none: give MODULE:output"
+            )
         arguments["replace"][layer] = WithInput(backbone.get_submodule(layer), edit)
     return arguments

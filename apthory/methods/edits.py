@@ -77,7 +77,9 @@ class Stack(nn.Module):
         edits: One for each configuration, all of one kind and one shape.
     """
 
-    constructed_alike: ClassVar[bool] = False  # whether no constructor draws, so that all edits are made with the same values
+    constructed_alike: ClassVar[bool] = (
+        False  # whether no constructor draws, so that all edits are made with the same values
+    )
 
     def __init__(self, edits: Sequence[Edit]) -> None:
         super().__init__()
@@ -286,14 +288,15 @@ class Affine(Edit):
         self, norm: nn.Module, shape: tuple[int, ...], parameters: str, name: str = "", lr_scale: float = 1.0
     ) -> None:
         super().__init__()
-        weight, bias = (getattr(norm, tensor, None) for tensor in ("weight", "bias"))
+        tensors = (getattr(norm, tensor, None) for tensor in ("weight", "bias"))
+        weight, bias = (None if tensor is None else tensor.detach() for tensor in tensors)
         if weight is None:
             raise ValueError(f"{norm} has no gamma and beta to tune; choose a site next to an affine norm layer")
         self.lr_scale, self.layer, self.norm = lr_scale, name, (weight, bias)  # a pair: not registered
         square = weight.square() + (0 if bias is None else bias.square())
         self.unit = float(square.mean().sqrt())
         keeps_beta = parameters == "gamma" and bias is not None
-        self.register_buffer("beta", bias.detach().view(shape) if keeps_beta else None, persistent=False)
+        self.register_buffer("beta", bias.view(shape) if keeps_beta else None, persistent=False)
         for tensor, kinds in (("scale", ("gamma", "both")), ("shift", ("beta", "both"))):
             self.register_parameter(tensor, nn.Parameter(torch.zeros(shape)) if parameters in kinds else None)
 

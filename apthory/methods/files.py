@@ -1,7 +1,7 @@
 """What a method trained, with its head, in one file: safetensors, the rest in its metadata; never the backbone.
 
-The file says all that is needed to use it: method, sites, class names, image size and normalization, which backbone with
-which weights, and a digest of its own tensors. `load` checks each of these. Files of version 0.1.0 still load.
+The file says all that is needed to use it: method, sites, class names, image size and normalization, which backbone
+with which weights, and a digest of its own tensors. `load` checks each of these. Files of version 0.1.0 still load.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ _FIELDS = {  # of the metadata, with their kinds
     "transform": str,
     "backbone": str,
     "digest": str,
-    "tensors": str,
+    "tensors_sha256": str,
 }
 _HEADS = {"": (), "linear": ("weight", "bias"), "cosine": ("weight", "scale")}  # kinds, with the names of their tensors
 
@@ -77,7 +77,7 @@ def save_model(path: str | Path, model: AdaptedBackbone) -> Path:
         "transform": model.transform,
         "backbone": backbones.architecture(backbone),
         "digest": backbones.digest(backbone),
-        "tensors": _digest(tensors),
+        "tensors_sha256": _digest(tensors),
     }
     path = Path(path)
     write_atomically(path, serialize(tensors, {"apthory": json.dumps(config)}))
@@ -134,7 +134,9 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         config = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not a prompt saved by apthory (its metadata are no JSON: {error}); {way_out}") from error
+        raise ValueError(
+            f"{path} is not a prompt saved by apthory (its metadata are no JSON: {error}); {way_out}"
+        ) from error
     version = config.get("format") if isinstance(config, dict) else None
     if version not in (_FORMAT, *_OLD_FORMATS):
         newer = "; a newer version of apthory may read it" if str(version).startswith("apthory.") else ""
@@ -145,8 +147,10 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name, kind in (_FIELDS if version == _FORMAT else old).items():
         if not isinstance(config.get(name), kind):
             raise ValueError(f"{path} is damaged: its {name} is {config.get(name)!r}, and should be a {kind.__name__}")
-    if version == _FORMAT and config["tensors"] != _digest(tensors):
-        raise ValueError(f"{path} is damaged: its tensors are not those that were saved; save it anew, or copy it again")
+    if version == _FORMAT and config["tensors_sha256"] != _digest(tensors):
+        raise ValueError(
+            f"{path} is damaged: its tensors are not those that were saved; save it anew, or copy it again"
+        )
     if bad := [name for name, value in tensors.items() if not value.isfinite().all()]:
         raise ValueError(f"{path} is damaged: {bad[0]} has values that are not finite; save it anew")
     return config, tensors
@@ -185,8 +189,8 @@ def _old_pixels(path: str | Path, layout: Mapping[str, Any], state: dict[str, Te
 def _head(path: str | Path, kind: str, tensors: Mapping[str, Tensor], num_classes: int) -> nn.Module | None:
     if kind not in _HEADS or set(tensors) != set(_HEADS[kind]):
         raise ValueError(
-            f"{path} is damaged: a head of the kind {kind!r} has the tensors {list(_HEADS.get(kind, ()))}, and there are "
-            f"{sorted(tensors)}; save it anew"
+            f"{path} is damaged: a head of the kind {kind!r} has the tensors {list(_HEADS.get(kind, ()))}, and "
+            f"there are {sorted(tensors)}; save it anew"
         )
     if not kind:
         return None

@@ -34,7 +34,9 @@ class FineTuning(Method):
         prefix, suffix = sites.split(backbone, self.site)
         tuned = backbone if self.site == ":input" else suffix
         if self.site != ":input" and not sites.is_traceable(backbone):
-            raise ValueError(f"weights after {self.site!r} can be told apart by torch.fx alone; tune all: site=':input'")
+            raise ValueError(
+                f"weights after {self.site!r} can be told apart by torch.fx alone; tune all: site=':input'"
+            )
         if next(tuned.parameters(), None) is None:
             raise ValueError(f"no weights come after {self.site!r}, so there is nothing to tune; take an earlier site")
         copies = Copies([copy.deepcopy(tuned) for _ in range(num)], self.lr_scale)

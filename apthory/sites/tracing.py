@@ -7,6 +7,7 @@ import operator
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -424,6 +425,11 @@ def _module(root: nn.Module, graph: fx.Graph, extra: Mapping[str, nn.Module]) ->
     module = fx.GraphModule(attributes, graph, class_name=f"{type(root).__name__}Part")
     module.graph.eliminate_dead_code()
     module.delete_all_unused_submodules()
+    used = {node.target for node in module.graph.nodes}
+    for name in attributes.keys() - used - extra.keys():  # parameters of the other half that the graph no longer reads
+        parent, _, attribute = name.rpartition(".")
+        with suppress(AttributeError):  # gone with its module
+            delattr(module.get_submodule(parent), attribute)
     module.recompile()
     return module
 

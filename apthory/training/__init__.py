@@ -17,8 +17,8 @@ from apthory.training.fitting import check_ready, choose, evaluate, fit, tune
 from apthory.training.results import Evaluation, Fit, FrozenHead, Head
 
 __all__ = [
-    "fit", "tune", "choose", "evaluate", "Fit", "Evaluation", "FrozenHead", "Head", "Recipe", "Configuration", "check_ready",
-    "Bundle", "losses", "PrefixCache", "run_prefix",
+    "fit", "tune", "choose", "evaluate", "Fit", "FrozenHead", "Head", "Evaluation", "Recipe", "Configuration",
+    "check_ready", "Bundle", "losses", "PrefixCache", "run_prefix",
 ]  # fmt: skip
 
 

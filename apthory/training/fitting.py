@@ -84,7 +84,9 @@ def fit(
             "(CLIP.text_head)"
         )
     if getattr(method, "wants_frozen_head", False) and not isinstance(head, FrozenHead):
-        raise ValueError("the method was made with head='frozen'; give the head itself: fit(..., head=FrozenHead(fits))")
+        raise ValueError(
+            "the method was made with head='frozen'; give the head itself: fit(..., head=FrozenHead(fits))"
+        )
     is_single = configurations is None or isinstance(configurations, Configuration)
     bundle = [configurations or Configuration()] if is_single else list(configurations)
     if not bundle:
@@ -122,8 +124,8 @@ def check_ready(backbone: nn.Module, task: Task) -> None:
         raise ValueError("the backbone is in train mode or its weights want gradients; call backbones.freeze(model)")
     if classifier := backbones.carried_classifier(backbone):
         warnings.warn(
-            f"the backbone still ends in its classifier {classifier!r}, whose logits are taken for features; load it with "
-            f"num_classes=0, or put nn.Identity() in the place of {classifier!r}",
+            f"the backbone still ends in its classifier {classifier!r}, whose logits are taken for features; load it "
+            f"with num_classes=0, or put nn.Identity() in the place of {classifier!r}",
             stacklevel=3,
         )
     side, expected = task.train.shape[-1], backbones.input_size(backbone)
@@ -150,8 +152,8 @@ def evaluate(
     """Accuracy and recall on the task's test part. Use it once.
 
     Args:
-        fits: One fit, a list of fits of one bundle, or a model as `load_prompt` gives it, which is evaluated on all test
-            images.
+        fits: One fit, a list of fits of one bundle, or a model as `load_prompt` gives it, which is evaluated on all
+            test images.
         task: The one that they were trained on.
 
     Returns:

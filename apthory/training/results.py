@@ -117,9 +117,7 @@ class Evaluation:
         return float(self.recall.nanmean())
 
     @classmethod
-    def of(
-        cls, correct: Bool[Tensor, " image"], labels: Int64[Tensor, " image"], num_classes: int
-    ) -> "Evaluation":
+    def of(cls, correct: Bool[Tensor, " image"], labels: Int64[Tensor, " image"], num_classes: int) -> "Evaluation":
         """From which images are right, and of which class they are."""
         hits = torch.bincount(labels[correct], minlength=num_classes).double()
         recall = 100 * hits / torch.bincount(labels, minlength=num_classes)  # 0 / 0 is nan
