@@ -83,6 +83,8 @@ class MaskGenerator(nn.Module):
                 row.copy_(bound * (2 * torch.rand(row.shape, generator=generator) - 1))
 
     def forward(self, seen: Float[Tensor, "num batch height width"]) -> Float[Tensor, "num batch 2 row column"]:
+        if torch.compiler.is_compiling():  # `torch.export` would take the number of chunks for a bound on the batch
+            return self._logits(seen)
         num_images = len(seen[0]) if seen.is_cuda else max(1, _CHUNK // (self.gather_bias.numel() * seen[0, 0].numel()))
         return torch.cat([self._logits(part) for part in seen.split(num_images, dim=1)], dim=1)
 
