@@ -5,6 +5,35 @@ import uuid
 from pathlib import Path
 
 
+def check_output(path: str | Path, suffix: str = "", overwrite: bool = True) -> Path:
+    """Raise an error if `write_atomically` could not write a file, and leave nothing behind: to call before long work.
+
+    Args:
+        path: Of the file. Its folder need not exist.
+        suffix: What its name has to end with.
+        overwrite: Whether a file that is there may be replaced.
+
+    Raises:
+        ValueError: If the name ends otherwise.
+        OSError: If the path is a folder, the file is there, or its folder can neither be written nor made.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file, such as {path / f'NAME{suffix}'}")
+    if not path.name.endswith(suffix):
+        raise ValueError(f"{path} should end in {suffix}; name it {path.with_name(f'{path.stem}{suffix}')}")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} is there already; name another file, or say that it may be replaced (--force)")
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {folder} is a file, not a folder; name another folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path} cannot be written: no right to write in the folder {folder}; name another one")
+    return path
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that is whole or absent, whenever the process dies and whoever writes beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,10 +17,22 @@ from apthory.backbones.frozen import (
     mean_std,
     normalize,
 )
-from apthory.backbones.loading import SHIPPED, card, checkpoints, classifier, create, load, start
+from apthory.backbones.loading import (
+    SHIPPED,
+    card,
+    checkpoints,
+    classifier,
+    create,
+    load,
+    load_again,
+    load_arguments,
+    load_sized,
+    start,
+)
 
 __all__ = [
-    "load", "classifier", "create", "start", "checkpoints", "card", "SHIPPED", "shipped_folder", "weight_file",
+    "load", "load_sized", "load_again", "load_arguments", "classifier", "create", "start", "checkpoints", "card",
+    "SHIPPED", "shipped_folder", "weight_file",
     "freeze", "digest", "architecture", "default_device", "autocast", "is_channels_last", "carried_classifier", "whole",
     "input_size", "mean_std", "normalize",
 ]  # fmt: skip
