@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
@@ -251,6 +251,16 @@ def fit(
     options = dict(_parse_parameter(text, "--option") for text in option or []) | ({"site": site} if site else {})
     lacks_site = "site" in methods.registry.needed(methods.registry.find(method)) and "site" not in options
     chosen = None if lacks_site else methods.registry.make(method, options)
+    recipe = training.Recipe(
+        num_epochs=epochs,
+        batch_size=batch_size,
+        num_train=num_train,
+        num_validation=training.Recipe.num_validation if num_validation is None else num_validation,
+        num_test=None,
+    )
+    rates = sorted(set(learning_rate or [training.Configuration.learning_rate]))
+    for rate in rates:
+        training.Configuration(learning_rate=rate, seed=seed)  # raises now if it would later
     model = backbones.load_sized(backbone, size or None, weights=weights or None)
     if chosen is None:
         raise ValueError(
@@ -259,14 +269,8 @@ def fit(
         )
     num_parameters = chosen.num_parameters(model)  # meets a site that is not there before any image is read
     images = tasks.load(name, backbones.input_size(model))
-    recipe = training.Recipe(
-        num_epochs=epochs,
-        batch_size=batch_size,
-        num_train=num_train,
-        num_validation=max(1, min(100, len(images.train) // 5)) if num_validation is None else num_validation,
-        num_test=None,
-    )
-    rates = sorted(set(learning_rate or [training.Configuration.learning_rate]))
+    if num_validation is None:
+        recipe = replace(recipe, num_validation=max(1, min(100, len(images.train) // 5)))
     split = images.split(seed, recipe.num_train, recipe.num_validation, recipe.num_test)
     typer.echo(
         f"{images.name}: {len(images.classes)} classes; {len(split.train)} images to train on, "

@@ -232,6 +232,10 @@ def test_a_backbone_remembers_how_it_was_loaded():
         "input_size": 96,
         "std": [0.2, 0.2, 0.2],
     }
+    assert arguments(load("resnet_micro", pretrained=None, device="cpu")) == {
+        "name": "resnet_micro",
+        "pretrained": False,
+    }
     file = backbones.shipped_folder() / "resnet_micro.safetensors"
     assert arguments(load("resnet_micro", weights=file, device="cpu"))["weights"] == str(file)
     assert (
@@ -294,6 +298,7 @@ def test_a_file_that_does_not_say_its_backbone_asks_for_it(saved: Path):
         ({"name": "resnet18", "checkpoint_path": "x.pt"}, "expected a name, and some of pretrained, weights"),
         ({"name": "nothing"}, "no backbone 'nothing'"),
         ({"name": "resnet_micro", "patch_size": 8}, "cannot load a backbone by .*patch_size"),
+        ({"name": "resnet_micro", "weights": [1]}, "cannot load a backbone by .*weights"),
     ],
 )
 def test_a_file_can_name_no_more_than_a_backbone_of_ours(saved: Path, arguments: Any, message: str):
@@ -374,9 +379,16 @@ def test_what_cannot_be_written_is_said_beforehand(tmp_path: Path, monkeypatch: 
         check_output(tmp_path / "there.csv", overwrite=False)
     with pytest.raises(NotADirectoryError, match="file is a file, not a folder"):
         check_output(tmp_path / "file" / "a" / "new.csv")
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(PermissionError, match="no right to write in the folder"):
+    with pytest.raises(OSError, match=r"cannot be written: File name too long \(.*\); name another file or folder"):
+        check_output(tmp_path / ("a" * 245))
+
+    def refuse(path: Path, **options: bool) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(OSError, match=rf"new.csv cannot be written: Permission denied \({tmp_path}\)"):
         check_output(tmp_path / "a" / "new.csv")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "there.csv"]
 
 
 def test_a_fit_is_not_saved_in_the_place_of_a_folder(model: methods.AdaptedBackbone, tmp_path: Path):
@@ -514,6 +526,11 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> list:
         (["--method", "random_prompt"], "the method 'random_prompt' needs the option 'norm': a number"),
         (["--backbone", "nothing"], "no backbone 'nothing'; shipped are vit_micro, resnet_micro, or any timm name"),
         (["--weights", "gone.safetensors"], "no weight file gone.safetensors"),
+        (["--epochs", "0"], "num_epochs is 0 and batch_size 32; both are at least 1"),
+        (["--num-validation", "0"], "num_validation is 0, but validation images choose epoch and configuration"),
+        (["--learning-rate", "-1"], "the learning rate is positive, weight decay and seed are not negative"),
+        (["--seed", "-1"], "the learning rate is positive, weight decay and seed are not negative"),
+        (["--backbone", "vit_micro", "--size", "96"], "or leave out the size 96, if the weights are for another one"),
     ],
 )  # fmt: skip
 def test_a_mistake_of_fit_is_one_line_before_any_training(

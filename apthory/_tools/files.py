@@ -29,15 +29,19 @@ def check_output(path: str | Path, suffix: str = "", overwrite: bool = True) -> 
         folder = folder.parent
     if not folder.is_dir():
         raise NotADirectoryError(f"{path} cannot be written: {folder} is a file, not a folder; name another folder")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"{path} cannot be written: no right to write in the folder {folder}; name another one")
+    partial = _partial(folder / path.name)
+    try:
+        partial.touch(exist_ok=False)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror} ({folder}); name another file or folder") from error
+    partial.unlink()
     return path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that is whole or absent, whenever the process dies and whoever writes beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial = _partial(path)
     try:
         with partial.open("xb") as file:
             file.write(content)
@@ -46,3 +50,8 @@ def write_atomically(path: Path, content: bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    """Where a file is written before it is whole: a name that nobody else has."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")

@@ -123,7 +123,7 @@ def load(
         ValueError: If the name is unknown or a weight file does not fit the architecture.
         OSError: If the weight file, or a download, cannot be had.
     """
-    given: dict[str, Any] = {"pretrained": pretrained, "weights": weights, "num_classes": num_classes}
+    given: dict[str, Any] = {"pretrained": pretrained or False, "weights": weights, "num_classes": num_classes}
     given |= {"input_size": input_size, "mean": mean, "std": std, **kwargs}
     place = default_device() if device == "auto" else device
     if name.startswith(clip_towers.PREFIX):
@@ -152,14 +152,17 @@ def load_sized(
     if not size:
         return load(name, weights=weights, device=device)
     if getattr(getattr(create(name), "patch_embed", None), "img_size", None):
-        return load(name, weights=weights, device=device, img_size=size)
+        try:
+            return load(name, weights=weights, device=device, img_size=size)
+        except ValueError as error:
+            raise ValueError(f"{error}; or leave out the size {size}, if the weights are for another one") from error
     return load(name, weights=weights, device=device, input_size=size)
 
 
 def load_arguments(model: nn.Module) -> dict[str, Any]:
     """The arguments by which `load` makes a backbone again, fit for JSON; empty if it was not made so.
 
-    The device is not among them, and neither are values that `load` has by itself.
+    The device is not among them, and neither are values that `load` has by itself. Files are named as they were given.
     """
     return dict(getattr(model, "load_arguments", {}))
 
@@ -178,14 +181,14 @@ def load_again(arguments: Mapping[str, Any], device: str | torch.device = "auto"
         )
     try:
         return load(**arguments, device=device)
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise ValueError(f"cannot load a backbone by {dict(arguments)} ({error}); load it by its name") from error
 
 
 def _as_json(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `load` that differ from its defaults; none at all if JSON has no place for one of them."""
     defaults = {"pretrained": True, "num_classes": 0}
-    chosen = {key: value for key, value in given.items() if value not in (None, defaults.get(key))}
+    chosen = {key: value for key, value in given.items() if value is not None and value is not defaults.get(key)}
     if isinstance(chosen.get("weights"), Path):
         chosen["weights"] = str(chosen["weights"])
     try:
