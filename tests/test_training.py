@@ -375,7 +375,7 @@ def test_a_frozen_head_needs_a_fit_for_each_configuration(task: tasks.Task):
     with pytest.raises(ValueError, match="FrozenHead has 1 fits for 2 configurations; give one for each"):
         training.fit(backbone, task, method, BUNDLE[:2], recipe=RECIPE, head=FrozenHead(probes))
     with pytest.raises(ValueError, match="FrozenHead has 1 fits for 2 seeds; give one for each"):
-        training.tune(backbone, task, method, learning_rates=[0.1], seeds=[0, 1], head=FrozenHead(probes[0]))
+        training.tune(backbone, task, method, learning_rates=[0.1], seeds=[0, 1], head=FrozenHead(probes))
     with pytest.raises(ValueError, match="one kind of head; these have none"):
         FrozenHead([])
 

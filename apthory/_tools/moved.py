@@ -116,7 +116,7 @@ def accepts_old_fields(method: type) -> type:
 
     A method that wanted a frozen head remembers it as ``wants_frozen_head``, so that `training.fit` can insist on one.
     """
-    construct = method.__init__
+    construct = method.__init__  # type: ignore[misc]
 
     @functools.wraps(construct)
     def with_old_fields(self: Any, *args: Any, **given: Any) -> None:
@@ -128,7 +128,7 @@ def accepts_old_fields(method: type) -> type:
             warn_user(f"head={head!r} of {method.__name__}", "an argument of fit, such as head=FrozenHead(fits),")
             object.__setattr__(self, "wants_frozen_head", head == "frozen")
 
-    method.__init__ = with_old_fields
+    method.__init__ = with_old_fields  # type: ignore[misc]
     return method
 
 

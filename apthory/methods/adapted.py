@@ -148,7 +148,8 @@ def adapt(
     """
     prepared = method.build(backbone, 1)
     prepared.load([state])
-    edits, weights = dict(prepared.held), {}
+    edits: dict[str, nn.Module] = dict(prepared.held)
+    weights: dict[str, Tensor] = {}
     for place, stack in prepared.stacks.items():
         if own := stack.weights(0):
             weights.update(own)

@@ -18,13 +18,14 @@ from apthory.methods.edits import Edit, Stack, WithInput
 class Method:
     """A way to adapt a frozen backbone. Subclasses are frozen dataclasses, and most define `edits` alone.
 
+    Each has a `site`, a field or a class variable: the place where the frozen prefix ends.
+
     The edit at ``module:output`` of a kind that sees the layer's input gets it; all others see the activation at
     their place. What comes before `site` is frozen and can be cached, so no edit may lie before it.
     """
 
     name: ClassVar[str]  # of the method in `METHODS`, in files and in tables
     label: ClassVar[str]  # the same in words, for figures
-    site: str  # where the frozen prefix ends
 
     def edits(self, backbone: nn.Module) -> Mapping[str, Edit]:
         """New edits for one configuration, by the place where they act."""

@@ -7,7 +7,7 @@ given holds the configurations' examples one after the other. The training loop 
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -80,6 +80,9 @@ class Stack(nn.Module):
     constructed_alike: ClassVar[bool] = (
         False  # whether no constructor draws, so that all edits are made with the same values
     )
+
+    template: Edit
+    stacked: Any
 
     def __init__(self, edits: Sequence[Edit]) -> None:
         super().__init__()
@@ -186,10 +189,9 @@ class Stack(nn.Module):
         self._each(lambda edit, k: edit.calibrate(z[k].detach()))
 
     def _draw(self, z: Float[Tensor, "num batch *unit"]) -> dict[str, Tensor]:
-        draws = [self.template.draw(z[k].detach(), generator) for k, generator in enumerate(self.generators)]
-        if not draws or draws[0] is None:
-            return {}
-        return {"noise": torch.stack(draws).to(z.device)}
+        draws = (self.template.draw(z[k].detach(), generator) for k, generator in enumerate(self.generators))
+        drawn = [draw for draw in draws if draw is not None]
+        return {"noise": torch.stack(drawn).to(z.device)} if drawn else {}
 
     @torch.no_grad()
     def _each(self, call: Callable[[Edit, int], None]) -> None:
@@ -251,7 +253,7 @@ class ShiftStack(Stack):
 
     constructed_alike = True
 
-    def forward(self, z: Float[Tensor, "stack *unit"]) -> Float[Tensor, "stack *unit"]:
+    def forward(self, z: Float[Tensor, "stack *unit"], *inputs: Tensor) -> Float[Tensor, "stack *unit"]:
         by_configuration = z.unflatten(0, (self.num, -1))
         if self.is_calibrating:
             self._calibrate(by_configuration)
@@ -328,7 +330,7 @@ class AffineStack(Stack):
 
     constructed_alike = True
 
-    def forward(self, y: Float[Tensor, "stack *unit"]) -> Float[Tensor, "stack *unit"]:
+    def forward(self, y: Float[Tensor, "stack *unit"], *inputs: Tensor) -> Float[Tensor, "stack *unit"]:
         z, tuned = y.unflatten(0, (self.num, -1)), self.stacked
         if tuned.scale is not None:
             z = z * (1 + tuned.scale).to(y.dtype).unsqueeze(1)

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -68,7 +68,7 @@ def save_model(path: str | Path, model: AdaptedBackbone) -> Path:
     config = {
         "format": _FORMAT,
         "method": source.method.name,
-        "options": {field.name: getattr(source.method, field.name) for field in fields(source.method)},
+        "options": {field.name: getattr(source.method, field.name) for field in fields(cast(Any, source.method))},
         "head": kind,
         "classes": list(model.classes),
         "image_size": backbones.input_size(backbone),

@@ -36,7 +36,7 @@ class NormTuning(Method):
         if not layers:
             end = "the next block" if self.layers == "block" else "the output"
             raise ValueError(f"there is no normalization layer between {self.site!r} and {end} to tune")
-        affine = {}
+        affine: dict[str, Edit] = {}
         for name in layers:
             place, norm = sites.affine_output(backbone, name), backbone.get_submodule(name)
             shape = prompt_shape(backbone, place, "channel")

@@ -195,7 +195,7 @@ def describe(
     return {
         "accuracy": [e.accuracy for e in evaluations],
         "balanced_accuracy": [e.balanced_accuracy for e in evaluations],
-        "recall": [e.recall.tolist() for e in evaluations],
+        "recall": [[None if math.isnan(share) else share for share in e.recall.tolist()] for e in evaluations],
         "correct": [np.packbits(e.correct.numpy()).tobytes().hex() for e in evaluations],
         "num_test": len(fits[0].split.test),
         "learning_rate": fits[0].configuration.learning_rate,

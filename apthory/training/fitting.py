@@ -26,11 +26,27 @@ from apthory.training.results import Evaluation, Fit, FrozenHead, Head, restored
 
 @overload
 def fit(
-    backbone: nn.Module, task: Task, method: Method, configurations: Configuration | None = None, **options: Any
+    backbone: nn.Module,
+    task: Task,
+    method: Method,
+    configurations: Configuration | None = None,
+    *,
+    recipe: Recipe | None = None,
+    head: Head | None = None,
+    heads: Sequence[Fit] | None = None,
+    cache: PrefixCache | None = None,
 ) -> Fit: ...
 @overload
 def fit(
-    backbone: nn.Module, task: Task, method: Method, configurations: Sequence[Configuration], **options: Any
+    backbone: nn.Module,
+    task: Task,
+    method: Method,
+    configurations: Sequence[Configuration],
+    *,
+    recipe: Recipe | None = None,
+    head: Head | None = None,
+    heads: Sequence[Fit] | None = None,
+    cache: PrefixCache | None = None,
 ) -> list[Fit]: ...
 
 
@@ -87,8 +103,9 @@ def fit(
         raise ValueError(
             "the method was made with head='frozen'; give the head itself: fit(..., head=FrozenHead(fits))"
         )
-    is_single = configurations is None or isinstance(configurations, Configuration)
-    bundle = [configurations or Configuration()] if is_single else list(configurations)
+    configurations = Configuration() if configurations is None else configurations
+    is_single = isinstance(configurations, Configuration)
+    bundle = [configurations] if isinstance(configurations, Configuration) else list(configurations)
     if not bundle:
         raise ValueError("configurations is empty; give one or more, or leave it out for the default one")
     recipe = recipe or Recipe()
@@ -137,18 +154,12 @@ def check_ready(backbone: nn.Module, task: Task) -> None:
 
 
 @overload
-def evaluate(fits: Fit, task: Task) -> Evaluation: ...
-@overload
-def evaluate(fits: AdaptedBackbone, task: Task) -> Evaluation: ...
+def evaluate(fits: Fit | AdaptedBackbone, task: Task) -> Evaluation: ...
 @overload
 def evaluate(fits: Sequence[Fit], task: Task) -> list[Evaluation]: ...
-@overload
-def evaluate(fits: Task, task: Sequence[Fit]) -> list[Evaluation]: ...
 
 
-def evaluate(
-    fits: Fit | AdaptedBackbone | Sequence[Fit] | Task, task: Task | Sequence[Fit]
-) -> Evaluation | list[Evaluation]:
+def evaluate(fits: Any, task: Any) -> Evaluation | list[Evaluation]:
     """Accuracy and recall on the task's test part. Use it once.
 
     Args:
