@@ -1,11 +1,14 @@
-"""Modules that were moved: their old names still import in this version, with a DeprecationWarning.
+"""Old names of modules and of what is in them: they still work in this version, with a DeprecationWarning.
 
-An old module stands for those that took its place, and looks a name up in each of them. To be removed with version 0.2.
+An old module stands for those that took its place, and looks a name up in each of them. A module that is still there
+finds its old names in `RENAMED`: the finder below gives every module of the package the ``__getattr__`` that looks
+there, so a new row is all that a new name takes. To be removed with version 0.2.
 """
 
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -79,9 +82,19 @@ class _OldModule(ModuleType):
 
 
 class _Finder(MetaPathFinder, Loader):
+    """Makes old modules, and lets the other finders find today's, whose old names it adds."""
+
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
         package, _, name = fullname.partition(".")
-        return ModuleSpec(fullname, self) if package == "apthory" and name in MODULES else None
+        if package != "apthory":
+            return None
+        if name in MODULES:
+            return ModuleSpec(fullname, self)
+        specs = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, specs), None)
+        if spec and spec.loader:
+            spec.loader.create_module = _with_old_names
+        return spec
 
     def create_module(self, spec: ModuleSpec) -> _OldModule:
         return _OldModule(spec.name)
@@ -91,12 +104,21 @@ class _Finder(MetaPathFinder, Loader):
         _warn(module.__name__, module.places[0])
 
 
+def _with_old_names(spec: ModuleSpec) -> ModuleType:
+    """An empty module that knows its old names; the loader fills it."""
+    module = ModuleType(spec.name)
+    module.__getattr__ = partial(renamed, spec.name)
+    return module
+
+
 def renamed(module: str, name: str) -> Any:
-    """The value of an old name of a module that is still there, with a warning: for its ``__getattr__``.
+    """The value of an old name of a module that is still there, with a warning.
 
     Raises:
         AttributeError: If the module never had the name.
     """
+    if f"{module}.{name}".removeprefix("apthory.") in MODULES:
+        return import_module(f"{module}.{name}")
     if (place := RENAMED.get(f"{module}.{name}")) is None:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
     _warn(f"{module}.{name}", f"apthory.{place[0]}.{place[1]}")
@@ -104,9 +126,9 @@ def renamed(module: str, name: str) -> Any:
 
 
 def install() -> None:
-    """Let the old names be imported."""
+    """Let the old names be found."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())
+        sys.meta_path.insert(0, _Finder())
 
 
 def _warn(old: str, new: str) -> None:
