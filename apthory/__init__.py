@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from apthory.metrics import layer_profile
     from apthory.selection import find_site, rank_sites
     from apthory.sites import capture, edited, list_sites, resolve, split
-    from apthory.tasks import load as load_task
+    from apthory.tasks import load_task
     from apthory.training import Configuration, Recipe, evaluate, fit, tune
 else:  # the same names, each from its module when it is first used: torch and timm take seconds to import
     from importlib import import_module
@@ -73,7 +73,6 @@ else:  # the same names, each from its module when it is first used: torch and t
         "load_classifier": "classifier",
         "load_clip": "load",
         "load_prompt": "load",
-        "load_task": "load",
         "save_prompt": "save",
     }
     _OTHERS = ("benchmarks", "costs", "lab", "pretraining", "studies", "theory")  # reached by their names alone

@@ -327,7 +327,7 @@ def test_the_study_runs_end_to_end(spec: dict, tmp_path: Path, monkeypatch: pyte
         protocol=protocol,
         places={spec["name"]: ("transformer.resblocks.1:input",)},
     )
-    monkeypatch.setitem(pixel_grids.STUDIES["small"], "clip", study)
+    monkeypatch.setitem(pixel_grids.PIXEL_STUDIES["small"], "clip", study)
     monkeypatch.setenv("APTHORY_ROOT", str(tmp_path))
     folder, texts = records.folder("small"), []
     assert pixel_study.recorded(study, folder) is None
@@ -379,7 +379,7 @@ def test_without_weights_the_sweep_says_what_to_download(tmp_path: Path, monkeyp
 
 def test_classes_of_the_studys_tasks_can_be_put_in_words(monkeypatch: pytest.MonkeyPatch):
     """Where the images are, as two classes of one name or numbers for names would be seen by training alone."""
-    names = pixel_grids.STUDIES["small"]["clip"]["methods"].tasks
+    names = pixel_grids.PIXEL_STUDIES["small"]["clip"]["methods"].tasks
     for name in sorted({*names} - {"cifar10"}):  # its ten are well known, and its many images take long to read
         try:
             classes = tasks.load(name, 32).classes

@@ -147,7 +147,7 @@ def test_a_frame_of_whole_patches_is_prompt_tokens():
     backbone = tiny.backbone("vit", torch.float64)
     where = layout(32, 8, around=True, normalized=False)
     x, prompt = images(3, dtype=torch.float64), PixelPrompt(filled(where))
-    found = equivalence.reach(backbone)
+    found = equivalence.input_span(backbone)
     painted = prompt(x)
     own, tokens = equivalence.as_tokens(found, pixels.shrunk(x, where), painted[0])
     assert len(tokens) == 12

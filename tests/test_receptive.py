@@ -236,10 +236,10 @@ class Readout(nn.Module):
 ])  # fmt: skip
 def test_reach_of_pooling(reading: nn.Module, reach: float, coverage: float | None):
     model, x = drawn(Readout(reading)), noise(40, side=6)
-    found = receptive.gradient_reach(model, x, ["first"])["first"]
+    found = receptive.gradient_spread(model, x, ["first"])["first"]
     assert found.positions == 36
-    assert found.reach == pytest.approx(reach, rel=1e-12)
-    assert found.share == found.reach / 36
+    assert found.spread == pytest.approx(reach, rel=1e-12)
+    assert found.share == found.spread / 36
     if coverage is None:
         places = torch.bincount(model.first(x).flatten(1).argmax(1), minlength=36).double()
         coverage = float(places.sum().square() / places.square().sum())
@@ -256,7 +256,7 @@ def test_reach_is_that_of_each_image_alone(family: str):
     def loss(features: Tensor, index: Tensor) -> Tensor:
         return (features - target[index]).square().sum(1)
 
-    fast = receptive.gradient_reach(model, [x[:3], x[3:]], places, readout=loss)
+    fast = receptive.gradient_spread(model, [x[:3], x[3:]], places, readout=loss)
     for site in places:
         rows = []
         for index in range(5):
@@ -265,18 +265,20 @@ def test_reach_is_that_of_each_image_alone(family: str):
                 value = loss(model(x[index : index + 1]), torch.tensor([index])).sum()
             rows.append(torch.autograd.grad(value, shift)[0])
         slow = tangent.Gradients.of(torch.cat(rows), sites.channel_axis(model, site))
-        assert fast[site].reach == pytest.approx(slow.reach, rel=1e-9)
+        assert fast[site].spread == pytest.approx(slow.spread, rel=1e-9)
         assert fast[site].coverage == pytest.approx(slow.coverage, rel=1e-9)
 
 
 def test_only_the_class_token_is_read_after_the_last_block():
-    found = receptive.gradient_reach(tiny.backbone("vit"), tiny.images("vit", 3), ["blocks.2:output", "blocks.2:input"])
-    assert found["blocks.2:output"].reach == 1
+    found = receptive.gradient_spread(
+        tiny.backbone("vit"), tiny.images("vit", 3), ["blocks.2:output", "blocks.2:input"]
+    )
+    assert found["blocks.2:output"].spread == 1
     assert found["blocks.2:output"].positions == 17
-    assert found["blocks.2:input"].reach > 1
+    assert found["blocks.2:input"].spread > 1
 
 
-@pytest.mark.parametrize("metric", [receptive.receptive_fields, receptive.gradient_reach])
+@pytest.mark.parametrize("metric", [receptive.receptive_fields, receptive.gradient_spread])
 def test_one_forward_pass_serves_all_sites_and_leaves_no_trace(metric):
     model, calls = tiny.backbone("vit"), []
     before, places = backbones.digest(model), sites.list_sites(model)
@@ -290,7 +292,7 @@ def test_one_forward_pass_serves_all_sites_and_leaves_no_trace(metric):
 
 # ---------------------------------------------------------------------------------------------- bad input
 
-METRICS = [receptive.receptive_fields, receptive.gradient_reach]
+METRICS = [receptive.receptive_fields, receptive.gradient_spread]
 
 
 def test_training_mode_moves_no_statistic_of_a_theoretical_field():
@@ -327,7 +329,7 @@ def test_constant_features_have_no_field_and_no_reach():
     with pytest.raises(ValueError, match=r"no pixel moves .* site '1:output': its features are constant"):
         receptive.receptive_fields(model, torch.randn(2, 3, 8, 8), ["0:output", "1:output"])
     with pytest.raises(ValueError, match=r"no gradient comes back to site '0:output'"):
-        receptive.gradient_reach(model, torch.randn(2, 3, 8, 8), ["0:output"])
+        receptive.gradient_spread(model, torch.randn(2, 3, 8, 8), ["0:output"])
 
 
 # ---------------------------------------------------------------------------------------------- layouts

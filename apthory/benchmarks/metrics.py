@@ -26,7 +26,7 @@ PEER = "torch-cka"
 
 
 @records.versioned(1, name="apthory.metric_bench.race")
-def race(
+def race_metrics(
     backbone: Mapping[str, Any], num_images: int, batch_size: int, num_repeats: int = 3, num_maps: int = 3
 ) -> dict[str, Any]:
     """Time CKA of all pairs of blocks, and attention profiles, side by side on the same random images.
@@ -96,7 +96,7 @@ def race(
     }
 
 
-def summarize(record: records.Record) -> pd.Series:
+def summarize_metrics(record: records.Record) -> pd.Series:
     """Medians, errors, and the ratios that tell who is faster."""
     median = {name: statistics.median(values) for name, values in record["seconds"].items()}
     maps = {name: value for name, value in median.items() if name.startswith("distances of a map")}
@@ -116,7 +116,7 @@ def summarize(record: records.Record) -> pd.Series:
     return pd.Series(rows, name=f"{record.config['backbone']['name']}, {record.config['num_images']} images")
 
 
-def run(
+def run_metrics(
     suite: str, backbone: str = "vit_base_patch16_224", num_images: int = 32, batch_size: int = 32, num_repeats: int = 3
 ) -> records.Record:
     """One race, on a ViT of timm with random weights; the record is made anew."""
@@ -127,7 +127,7 @@ def run(
         "num_repeats": num_repeats,
     }
     folder = records.folder(suite)
-    return records.fetch(race, config, sources=(similarity, attention), folder=folder, fresh=True)
+    return records.fetch(race_metrics, config, sources=(similarity, attention), folder=folder, fresh=True)
 
 
 class _Stored(nn.Module):

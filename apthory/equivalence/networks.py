@@ -38,7 +38,7 @@ def fold(
             "a BatchNorm of this backbone uses batch statistics, which remove prompts (E2); fold a backbone that is "
             "used as it was trained: call eval(), with running statistics"
         )
-    network = Network(backbone, prompt.site, images)
+    network = PromptedNetwork(backbone, prompt.site, images)
     prompt(prompt.delta.new_zeros(1, *network.unit))  # refuses a prompt that does not fit
     delta = prompt.delta.detach().to(network.device, torch.float64)
     found = network.closest(network.scale * network.draw(*delta.shape))
@@ -90,7 +90,7 @@ def diagnose(
         images: A few normalized images; random ones by default.
         seed: Of the random prompts (and images).
     """
-    network = Network(backbone, site, images, seed)
+    network = PromptedNetwork(backbone, site, images, seed)
     basis, null_positions = network.null_space()
     with torch.no_grad():
         probe, full = network.random_prompt(), network.random_prompt("full")
@@ -172,7 +172,7 @@ class _Bias:
         return "output" if self.is_before else "input"
 
 
-class Network:
+class PromptedNetwork:
     """A float64 copy of a backbone on some images, with prompts at one site."""
 
     def __init__(self, backbone: nn.Module, site: str, images: Tensor | None = None, seed: int = 0) -> None:
@@ -346,10 +346,10 @@ class Network:
         delta = start.clone().requires_grad_()
         features = self(delta)
         rows: list[Tensor] = []
-        reach = torch.zeros(self.unit, dtype=torch.float64, device=self.device)
+        sensitivity = torch.zeros(self.unit, dtype=torch.float64, device=self.device)
         while not rows or len(rows) * len(rows[0]) < self.num_channels + num:
             (gradient,) = torch.autograd.grad(features, delta, self.draw(*features.shape), retain_graph=True)
-            reach += gradient.abs().sum(0)
+            sensitivity += gradient.abs().sum(0)
             by_channel = self.by_channel(gradient)
             if self.uses_batch_statistics:  # images meet in batch statistics
                 by_channel = by_channel.flatten(0, 1)[None]
@@ -358,7 +358,7 @@ class Network:
             rows.append(by_channel.sum(1) / largest)
         _, values, directions = torch.linalg.svd(torch.cat(rows))
         basis = directions[int((values > TOLERANCE * len(values) ** 0.5).sum()) :]
-        by_position = reach.sum(self.axis, keepdim=True)
+        by_position = sensitivity.sum(self.axis, keepdim=True)
         dead = by_position <= 1e-15 * by_position.sum()
         nothing = self.random_prompt("full") * dead
         with torch.no_grad():

@@ -19,7 +19,7 @@ def problems() -> list[str]:
             if suite == "embedded" or twin.exists():
                 found += filter(None, [notebooks.stale(source, twin, suite)])
         for path in sorted(records.suite_folder(suite).glob("*.p[nd][gf]")):
-            found += figures.problems(path)
+            found += figures.figure_problems(path)
         for record in records.load_all(records.folder(suite)):
             if reason := records.superseded(record):
                 found.append(f"record {record.key[:12]}: {reason}")

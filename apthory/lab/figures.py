@@ -157,7 +157,7 @@ def provenance(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} carries no provenance; figures.save did not write it") from None
 
 
-def problems(path: Path) -> list[str]:
+def figure_problems(path: Path) -> list[str]:
     """Say how a figure disagrees with the CSV beside it and the records behind it; empty if it is current."""
     try:
         note = provenance(path)

@@ -214,7 +214,7 @@ def find(cited: str, folder: Path) -> Path | None:
 def superseded(record: Record) -> str:
     """Say why a record is no longer what its function would return; empty if it still is."""
     try:
-        version = registry.resolve(record.name).version  # type: ignore[attr-defined]
+        version = registry.find_function(record.name).version  # type: ignore[attr-defined]
     except LookupError as error:
         return str(error.args[0])
     return "" if version == record.version else f"{record.name} is at version {version}, not {record.version}"
@@ -242,7 +242,7 @@ def recompute(record: Record, *, rtol: float = 0.01, atol: float = 1e-6) -> list
         raise ValueError(f"record {record.key[:12]} cannot be computed again: {reason}")
     if not _may_compute():
         raise MissingRecordError(f"record {record.key[:12]} is not computed again: APTHORY_COMPUTE=0 forbids it")
-    function = registry.resolve(record.name)
+    function = registry.find_function(record.name)
     values = _plain_mapping(function(**copy.deepcopy(record.config)), "values")
     return list(_differences(record.values, values, "values", rtol, atol))
 
@@ -375,7 +375,7 @@ def _differences(old: Any, new: Any, path: str, rtol: float, atol: float) -> Ite
         yield f"{path} was {old!r}, is {new!r}"
 
 
-_KINDS = {
+_FIELD_TYPES = {
     "version": int,
     "config": dict,
     "values": dict,
@@ -387,7 +387,7 @@ _KINDS = {
 
 def _check_kind(name: str, value: Any) -> None:
     """Raise TypeError unless a field of a record is of its kind; what is not listed is text."""
-    kind = _KINDS.get(name, str)
+    kind = _FIELD_TYPES.get(name, str)
     if not isinstance(value, kind) or (name == "code" and not all(isinstance(one, str) for one in value.values())):
         raise TypeError(f"its field {name!r} is {type(value).__name__}, {str(value)[:40]!r}")
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from apthory.metrics.batches import Images, batches
+from apthory.metrics.batches import ImageBatches, batches
 
 ClassToken = Literal["renormalize", "drop"]
 _ENTRIES = {"cpu": 2**21, "cuda": 2**27}  # of the maps in memory at once: what a processor's cache holds, or 0.5 GiB
@@ -33,7 +33,7 @@ class NoAttentionError(ValueError):
 @torch.no_grad()
 def attention_profile(
     backbone: nn.Module,
-    images: Images,
+    images: ImageBatches,
     *,
     class_token: ClassToken = "renormalize",
     num_prefix_tokens: int | None = None,

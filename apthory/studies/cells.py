@@ -29,7 +29,7 @@ from apthory._tools.progress import progress
 from apthory.lab import records
 from apthory.studies import record_format
 
-_SOURCES = (determinism, sites, methods, heads, training, backbones, tasks)  # whose code decides what a cell records
+_SOURCES = (determinism, sites, methods, heads, training, backbones, tasks)  # their code decides what a cell records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def cell(
 ) -> dict[str, Any]:
     """Configuration of `run_cell` under a protocol."""
     seeds = protocol.control_seeds if control else protocol.seeds
-    return record_format.cell(backbone, task, method, protocol.recipe, protocol.learning_rates, seeds, head)
+    return record_format.spell_cell(backbone, task, method, protocol.recipe, protocol.learning_rates, seeds, head)
 
 
 def fetch_all(
@@ -70,10 +70,10 @@ def fetch_all(
             same folders of data, weights and records.
     """
     if executor is None:
-        return [fetch(config, folder, function) for config in progress(configs, desc="cells")]
+        return [fetch_cell(config, folder, function) for config in progress(configs, desc="cells")]
     known = [_recorded(config, folder, function) for config in progress(configs, desc="records")]
     pairs = zip(configs, known, strict=True)
-    futures = [executor.submit(fetch, config, folder, function) for config, record in pairs if record is None]
+    futures = [executor.submit(fetch_cell, config, folder, function) for config, record in pairs if record is None]
     try:
         for future in progress(as_completed(futures), desc="cells", total=len(futures)):
             future.result()  # the first failure ends the sweep; what is done stays recorded
@@ -89,7 +89,7 @@ def processes(num: int) -> Executor:
     return ProcessPoolExecutor(num, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
 
 
-def fetch(
+def fetch_cell(
     config: Mapping[str, Any],
     folder: Path,
     function: Callable[..., Mapping[str, Any]] | None = None,
@@ -108,7 +108,7 @@ def fetch(
     """
     function = function or run_cell
     try:
-        model, task = load(config["backbone"], config["task"], config["size"])
+        model, task = load_backbone_and_task(config["backbone"], config["task"], config["size"])
     except (ValueError, OSError) as error:
         if {"APTHORY_DATA", "APTHORY_WEIGHTS", "APTHORY_FRESH"} & set(os.environ):
             raise
@@ -126,11 +126,11 @@ def fetch(
 def _recorded(
     config: Mapping[str, Any], folder: Path, function: Callable[..., Mapping[str, Any]] | None
 ) -> records.Record | None:
-    """What `fetch` gives without computing anything; None where there is something to compute."""
+    """What `fetch_cell` gives without computing anything; None where there is something to compute."""
     try:
-        model, task = load(config["backbone"], config["task"], config["size"])
+        model, task = load_backbone_and_task(config["backbone"], config["task"], config["size"])
     except (ValueError, OSError):
-        return fetch(config, folder, function)  # reads, or says what is wrong
+        return fetch_cell(config, folder, function)  # reads, or says what is wrong
     return records.lookup(function or run_cell, config, **_digests(config, model, task), folder=folder)
 
 
@@ -165,7 +165,7 @@ def run_cell(
         head: Of `record_format.head_of`; a trained one if left out.
     """
     started = time.perf_counter()
-    model, data = load(backbone, task, size)
+    model, data = load_backbone_and_task(backbone, task, size)
     how = record_format.recipe_of(recipe)
     if method["name"] == "random_prompt":
         fits = _fit_random(model, data, method, how, learning_rates, seeds)
@@ -224,7 +224,7 @@ def table(cells: Iterable[records.Record]) -> pd.DataFrame:
         config = record.config
         is_pixel = config["method"]["name"] in ("vp", "evp", "adavipro")
         site = config["method"].get("site", ":input" if is_pixel else ":output")
-        depth = _depth(json.dumps(config["backbone"]), site)
+        depth = _site_depth(json.dumps(config["backbone"]), site)
         for index, seed in enumerate(config["seeds"]):
             bits = np.unpackbits(np.frombuffer(bytes.fromhex(record["correct"][index]), np.uint8))
             rows.append(
@@ -264,7 +264,7 @@ def best_sites(table: pd.DataFrame) -> pd.DataFrame:
     return best(table, "site")
 
 
-def load(backbone: Mapping[str, Any], task: str, size: int) -> tuple[nn.Module, tasks.Task]:
+def load_backbone_and_task(backbone: Mapping[str, Any], task: str, size: int) -> tuple[nn.Module, tasks.Task]:
     """Backbone and task of a configuration, from memory where they were wanted before."""
     return backbone_of(json.dumps(dict(backbone))), _task(task, size)
 
@@ -327,7 +327,7 @@ def _task(name: str, size: int) -> tasks.Task:
 
 
 @lru_cache
-def _depth(spec: str, site: str) -> float:
+def _site_depth(spec: str, site: str) -> float:
     fields = json.loads(spec)
     is_clip = clip.is_tower(fields)
     model = clip.of(fields | {"pretrained": None}).image if is_clip else backbones.create(**_architecture(fields))

@@ -10,8 +10,8 @@ from apthory.lab import intervals
 from apthory.studies import cells, layers
 
 # Every second place between blocks, from the first block's input to the last one's output.
-_EVERY = layers.Study(
-    protocol=layers.STUDIES["small"]["S"].protocol,  # the last stage's cells are those of Sweep S
+_EVERY = layers.LayerStudy(
+    protocol=layers.LAYER_STUDIES["small"]["S"].protocol,  # the last stage's cells are those of Sweep S
     backbones=tuple({"name": stage} for name in backbones.SHIPPED for stage in backbones.stages(name)),
     tasks=("cifar10", "gtsrb", "dtd10", "pacs"),  # objects, signs, textures, styles
     last_sites=9,
@@ -24,7 +24,7 @@ _FIXED_RATE = cells.Protocol(
     learning_rates=(1.6e-2,),  # the middle of the usual grid
     seeds=(0, 1),
 )
-STUDIES: Mapping[str, Mapping[str, layers.Study]] = {
+STAGE_STUDIES: Mapping[str, Mapping[str, layers.LayerStudy]] = {
     "embedded": {"stages": replace(_EVERY, protocol=_FIXED_RATE, tasks=("textures", "orientation"))},
     "small": {"stages": _EVERY},
 }

@@ -99,7 +99,7 @@ def measure_gap(
     num_images: int = 8,
     is_training: bool = False,
 ) -> dict[str, Any]:
-    """`equivalence.gap` of a random prompt by its norm.
+    """`equivalence.distance_to_tuning` of a random prompt by its norm.
 
     With batch statistics (``is_training``), a channel prompt at the input of BatchNorm has no effect; the distance
     given as ``tuning`` is then from the shift of beta that equals the prompt under running statistics.
@@ -110,17 +110,19 @@ def measure_gap(
     delta = torch.randn(methods.prompt_shape(model, site, shape), generator=generator, dtype=torch.float64)
     prompt = methods.ActivationPrompt(site, delta, shape).requires_grad_(False)
     if not is_training:
-        return {"gaps": [asdict(gap) for gap in equivalence.gap(model, prompt, layer, norms, images=x)]}
+        return {"gaps": [asdict(gap) for gap in equivalence.distance_to_tuning(model, prompt, layer, norms, images=x)]}
     unit = prompt.relative_norm(sites.capture(model, [site], x)[site])
     norm_layer = model.get_submodule(layer)
     shift = equivalence.bias_shift(norm_layer, delta, edge="input") / unit
-    gaps = equivalence.gap(copy.deepcopy(model).train(), prompt, layer, norms, images=x)
+    gaps = equivalence.distance_to_tuning(copy.deepcopy(model).train(), prompt, layer, norms, images=x)
     model.train()
     with torch.no_grad():
         plain = model(x)
         for index, gap in enumerate(gaps):
             tuned = functional_call(model, {f"{layer}.bias": norm_layer.bias + gap.norm * shift}, (x,))
-            gaps[index] = equivalence.Gap(**{**asdict(gap), "tuning": float((tuned - plain).norm() / plain.norm())})
+            gaps[index] = equivalence.DistanceToTuning(
+                **{**asdict(gap), "tuning": float((tuned - plain).norm() / plain.norm())}
+            )
     return {"gaps": [asdict(gap) for gap in gaps]}
 
 
@@ -215,7 +217,7 @@ def measure_trained(
     [fit] = training.fit(model, data, method, [training.Configuration(learning_rate=learning_rate)], recipe=recipe)
     images = backbones.normalize(model, data.test[fit.split.test[:num_images]])
     prompt = cast(methods.ActivationPrompt, fit.prompt)
-    [gap] = equivalence.gap(model, prompt, layer, [fit.relative_norm], images=images)
+    [gap] = equivalence.distance_to_tuning(model, prompt, layer, [fit.relative_norm], images=images)
     return {"validation_accuracy": fit.validation_accuracy, **asdict(gap)}
 
 

@@ -21,7 +21,7 @@ def measure_rank(backbone: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
         torch.manual_seed(seed)  # of weights that are drawn
         model = backbones.load(**backbone)
     try:
-        found = equivalence.reach(model)
+        found = equivalence.input_span(model)
     except ValueError as error:
         return {"reason": str(error)}
     dim, pixels = found.weight.shape
@@ -42,14 +42,14 @@ def measure_rank(backbone: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
 def measure_residuals(
     backbone: Mapping[str, Any], task: str, recipe: Mapping[str, Any], learning_rate: float, seed: int = 0
 ) -> dict[str, Any]:
-    """How much of a trained prompt at the first block is out of reach, and how large an image prompt the rest takes.
+    """How much of a trained prompt at the first block no image prompt can add, and how large one the rest takes.
 
     Returns:
         For a full and a channel prompt: the residual, that of a random prompt, norm of the prompt and of the image
-        prompt that adds the reachable part (each relative to what it is added to), and the validation accuracy.
+        prompt that adds the part in the span (each relative to what it is added to), and the validation accuracy.
     """
     model = backbones.load(**backbone)
-    found, data = equivalence.reach(model), tasks.load(task, size=backbones.input_size(model))
+    found, data = equivalence.input_span(model), tasks.load(task, size=backbones.input_size(model))
     images = backbones.normalize(model, data.train[torch.arange(64)])
     rows = {}
     for shape in get_args(methods.Shape):
@@ -77,7 +77,7 @@ def measure_frame(backbone: Mapping[str, Any], width: int, num_images: int = 4, 
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # of weights that are drawn
         model = backbones.load(**backbone).double()
-    found, generator = equivalence.reach(model), torch.Generator().manual_seed(seed)
+    found, generator = equivalence.input_span(model), torch.Generator().manual_seed(seed)
     size, margin = backbones.input_size(model), width // found.patch[0]
     pixels = torch.randn(num_images + 1, 3, size, size, generator=generator, dtype=torch.float64)
     frame, *x = pixels.to(found.weight.device)

@@ -30,7 +30,7 @@ WIDE = (  # pretrained by `make gpu` and not shipped: their weights are files in
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study:
+class LayerStudy:
     """A layer study: which backbones, tasks and sites."""
 
     protocol: Protocol
@@ -46,9 +46,9 @@ class Study:
 
 
 _FIVE_SEEDS = Protocol(recipe=training.Recipe(), seeds=(0, 1, 2, 3, 4), control_seeds=(0, 1, 2, 3, 4))
-STUDIES: dict[str, dict[str, Study]] = {
+LAYER_STUDIES: dict[str, dict[str, LayerStudy]] = {
     "embedded": {
-        "S": Study(
+        "S": LayerStudy(
             protocol=Protocol(
                 recipe=training.Recipe(num_epochs=4, num_train=96, num_validation=64, num_test=200),
                 seeds=(0, 1),
@@ -60,8 +60,8 @@ STUDIES: dict[str, dict[str, Study]] = {
         ),
     },
     "small": {
-        "S": Study(protocol=Protocol(recipe=training.Recipe(), control_seeds=(0,)), norm_every=2, frozen_every=4),
-        "mobilenet": Study(
+        "S": LayerStudy(protocol=Protocol(recipe=training.Recipe(), control_seeds=(0,)), norm_every=2, frozen_every=4),
+        "mobilenet": LayerStudy(
             protocol=Protocol(recipe=training.Recipe(), control_seeds=(0,)),
             backbones=(MOBILENET,),
             tasks=("dtd10", "pacs", "caltech101"),
@@ -72,13 +72,15 @@ STUDIES: dict[str, dict[str, Study]] = {
         ),
     },
     "paper": {
-        "S5": Study(protocol=_FIVE_SEEDS, finer=True),
-        "wide": Study(protocol=_FIVE_SEEDS, backbones=WIDE),
+        "S5": LayerStudy(protocol=_FIVE_SEEDS, finer=True),
+        "wide": LayerStudy(protocol=_FIVE_SEEDS, backbones=WIDE),
     },
 }
 
 
-def find_studies(suite: str, names: str = "", studies: Mapping[str, Mapping[str, Any]] = STUDIES) -> dict[str, Any]:
+def find_studies(
+    suite: str, names: str = "", studies: Mapping[str, Mapping[str, Any]] = LAYER_STUDIES
+) -> dict[str, Any]:
     """Studies of a suite by their names, with commas between; all of them if none is named.
 
     Args:
@@ -92,14 +94,14 @@ def find_studies(suite: str, names: str = "", studies: Mapping[str, Mapping[str,
     return {name: known[name] for name in chosen}
 
 
-def run_study(study: Study, folder: Path, executor: Executor | None = None) -> pd.DataFrame:
+def run_layer_study(study: LayerStudy, folder: Path, executor: Executor | None = None) -> pd.DataFrame:
     """All cells of a layer study, computed or read from their records, as a tidy table (see `table`)."""
     return table(fetch_study(study, folder, executor))
 
 
-def fetch_study(study: Study, folder: Path, executor: Executor | None = None) -> list[records.Record]:
-    """The records of `run_study`."""
-    main = fetch_all(list(configurations(study)), folder, executor)
+def fetch_study(study: LayerStudy, folder: Path, executor: Executor | None = None) -> list[records.Record]:
+    """The records of `run_layer_study`."""
+    main = fetch_all(list(layer_cells(study)), folder, executor)
     if not study.controls:
         return main
     random = []
@@ -110,7 +112,7 @@ def fetch_study(study: Study, folder: Path, executor: Executor | None = None) ->
     return main + fetch_all(random, folder, executor)
 
 
-def configurations(study: Study) -> Iterable[dict[str, Any]]:
+def layer_cells(study: LayerStudy) -> Iterable[dict[str, Any]]:
     """Configurations of `run_cell`: the prompts and cheap controls first, then the controls that cost as much."""
     every, costly = [], []
     for backbone in study.backbones:

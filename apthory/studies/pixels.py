@@ -31,7 +31,7 @@ NUM_CLASSES = {"cifar10": 10, "gtsrb": 43, "dtd10": 10, "pacs": 7, "rsscn7": 7, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class StudyPart:
     """Cells that answer one question: every arm with every head on every task of every backbone."""
 
     arms: Arms
@@ -46,11 +46,11 @@ class Part:
     per_class: int | None = None  # training images, on average over classes, instead of the recipe's; as many steps
 
 
-Study = Mapping[str, Part]
+PixelStudy = Mapping[str, StudyPart]
 _MAX_EPOCHS = 60  # each is followed by a pass over the validation images
 
 
-def configurations(study: Study) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def pixel_cells(study: PixelStudy) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """For every cell what tables call it, and its configuration (of `run_shifted` if it has shifts)."""
     found = []
     for name, part in study.items():
@@ -66,12 +66,12 @@ def configurations(study: Study) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     return found
 
 
-def run_study(study: Study, folder: Path, executor: Executor | None = None) -> pd.DataFrame:
+def run_pixel_study(study: PixelStudy, folder: Path, executor: Executor | None = None) -> pd.DataFrame:
     """All cells, computed or read, as `cells.table` with the columns part, arm, head, width and shift in front.
 
     Width is in pixels at 224. Shift is empty for the task's own test part.
     """
-    named = _shared(configurations(study))
+    named = _shared(pixel_cells(study))
     found: dict[str, records.Record] = {}
     for is_shifted, function in ((False, cells.run_cell), (True, run_shifted)):
         chosen = {cells.key(config): config for _, config, _ in named if ("shifts" in config) == is_shifted}
@@ -79,9 +79,9 @@ def run_study(study: Study, folder: Path, executor: Executor | None = None) -> p
     return _tidy(study, named, found)
 
 
-def recorded(study: Study, folder: Path) -> pd.DataFrame | None:
-    """The table of `run_study` where every cell has its record, without the data and weights; None where one lacks."""
-    named = _shared(configurations(study))
+def recorded(study: PixelStudy, folder: Path) -> pd.DataFrame | None:
+    """The table of `run_pixel_study` from records alone, without data and weights; None if a cell has no record."""
+    named = _shared(pixel_cells(study))
     names = {records.name_of(function) for function in (cells.run_cell, run_shifted)}
     wanted = {cells.key(config) for _, config, _ in named}
     every = (one for one in records.load_all(folder) if one.name in names) if named else ()
@@ -100,7 +100,7 @@ def slope(
     return accuracy @ away / (away @ away)
 
 
-def _protocol(part: Part, task: str, method: Mapping[str, Any], head: Mapping[str, Any] | None) -> cells.Protocol:
+def _protocol(part: StudyPart, task: str, method: Mapping[str, Any], head: Mapping[str, Any] | None) -> cells.Protocol:
     as_it_comes = method.keys() == {"name"} and head is None
     protocol = (as_it_comes and part.usual) or part.protocol
     if part.per_class:
@@ -140,7 +140,7 @@ def _shared(named: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[_Nam
     return [(names, whole.get(cells.key(config), config), "shifts" in config) for names, config in named]
 
 
-def _tidy(study: Study, named: Sequence[_Named], found: Mapping[str, records.Record]) -> pd.DataFrame:
+def _tidy(study: PixelStudy, named: Sequence[_Named], found: Mapping[str, records.Record]) -> pd.DataFrame:
     """One row for each cell, seed and test part that a part asks for; cells may have more."""
     tables = {key: _by_shift(found[key]) for key in {cells.key(config) for _, config, _ in named}}
     parts = []
@@ -182,7 +182,7 @@ def run_shifted(
         shifts: Test parts: ``{"domain": value}``, or ``{"corruption": name, "strength": number}`` of the own one.
     """
     started = time.perf_counter()
-    model, whole = cells.load(backbone, task, size)
+    model, whole = cells.load_backbone_and_task(backbone, task, size)
     data = _domain(task, size, domain) if domain else whole
     how, spec = record_format.recipe_of(recipe), record_format.head_of(head, backbone, data.classes)
     fits = training.tune(

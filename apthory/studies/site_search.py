@@ -11,7 +11,7 @@ from apthory.lab import figures, records
 from apthory.studies import cells, record_format
 from apthory.theory import tangent
 
-SOURCES = (selection, tangent)  # whose code decides the records, besides a cell's
+SITE_SEARCH_SOURCES = (selection, tangent)  # whose code decides the records, besides a cell's
 UNITS = {  # of the scores, larger being better
     "coherence": "coherence (share of the gradient that images share)",
     "windows": "minus the windows to cover",
@@ -34,7 +34,7 @@ def score(
     seed: int = 0,
 ) -> dict[str, Any]:
     """`selection.rank_sites`, in the order of the sites given, and what it cost."""
-    model, data = cells.load(backbone, task, size)
+    model, data = cells.load_backbone_and_task(backbone, task, size)
     table = selection.rank_sites(
         model,
         data,
@@ -61,7 +61,7 @@ def search(
     seed: int = 0,
 ) -> dict[str, Any]:
     """`selection.find_site` among the sites given, and the chosen prompt on the test part, once."""
-    model, data = cells.load(backbone, task, size)
+    model, data = cells.load_backbone_and_task(backbone, task, size)
     found = selection.find_site(
         model,
         data,
@@ -85,7 +85,7 @@ def search(
     }
 
 
-def draw(table: pd.DataFrame, score: str, title: str, path: Path) -> None:
+def draw_ranking(table: pd.DataFrame, score: str, title: str, path: Path) -> None:
     """The score by site, in the order of the backbone, as a picture of any format that matplotlib knows."""
     ordered = table.assign(score=selection.SCORES[score](table)).sort_values("depth", kind="stable")
     is_best = ordered["site"] == table["site"][0]

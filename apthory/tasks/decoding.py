@@ -43,7 +43,7 @@ class Stamp(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Part:
+class EncodedPart:
     """Train or test part before decoding."""
 
     name: str  # "train" or "test"
@@ -57,7 +57,7 @@ class Part:
 def make_task(
     name: str,
     classes: Sequence[str] | None,
-    parts: Sequence[Part],
+    parts: Sequence[EncodedPart],
     size: int,
     how: str = "",
     options: Mapping[str, Any] | None = None,
@@ -136,7 +136,7 @@ class _Result(NamedTuple):
 class _Encoded:
     """A `Source` that decodes images of a part in several threads, and sees to it that no file changes meanwhile."""
 
-    def __init__(self, name: str, part: Part, size: int):
+    def __init__(self, name: str, part: EncodedPart, size: int):
         self.name, self.part = name, part
         self.shape = (len(part.labels), 3, size, size)
         self.stamps = dict(part.files)  # and of files that an image turns out to be in, when it is first read

@@ -11,16 +11,16 @@ import numpy as np
 from jaxtyping import Int64
 
 from apthory._tools.extras import from_extra
-from apthory.tasks.decoding import Part, Stamp, check_unchanged, make_task
-from apthory.tasks.embedded import EMBEDDED, draw
+from apthory.tasks.decoding import EncodedPart, Stamp, check_unchanged, make_task
+from apthory.tasks.embedded import EMBEDDED, draw_task
 from apthory.tasks.task import Task, sha256, some
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _TEST_NAMES = ("test", "val", "validation")  # the first that exists is the test part
-_ROWS = 64  # of a Parquet file that are read at once
+_ROWS_AT_ONCE = 64  # of a Parquet file that are read at once
 
 
-def load(name: str, size: int, data: str | Path | None = None) -> Task:
+def load_task(name: str, size: int, data: str | Path | None = None) -> Task:
     """Load a task by name.
 
     Args:
@@ -37,7 +37,7 @@ def load(name: str, size: int, data: str | Path | None = None) -> Task:
     if prefix in readers and rest:
         return readers[prefix](rest, size)
     if name in EMBEDDED:
-        return draw(name, size)
+        return draw_task(name, size)
     folder = data or os.environ.get("APTHORY_DATA")
     known = f"Embedded tasks: {', '.join(EMBEDDED)}. Elsewhere: folder:PATH, parquet:PATH, hub:ID."
     way_out = "Set APTHORY_DATA or pass data= to name the folder that holds the tasks"
@@ -94,11 +94,11 @@ def from_folder(path: str | Path, size: int) -> Task:
     for part, by_class in (("train", train), ("test", test)):
         images = {os.path.abspath(file): Stamp.of(file.stat()) for files in by_class.values() for file in files}
         labels = [classes.index(name) for name, files in by_class.items() for _ in files]
-        parts.append(Part(part, labels, partial(_named, list(images)), images))
+        parts.append(EncodedPart(part, labels, partial(_at_paths, list(images)), images))
     return make_task(root.resolve().name, classes, parts, size, how)
 
 
-def _named(files: Sequence[str], indices: Sequence[int]) -> Iterator[Mapping[str, Any]]:
+def _at_paths(files: Sequence[str], indices: Sequence[int]) -> Iterator[Mapping[str, Any]]:
     return ({"bytes": None, "path": files[index]} for index in indices)
 
 
@@ -157,7 +157,7 @@ def from_parquet(
         [rows] = is_kept.nonzero()
         sizes = [pq.read_metadata(file).num_rows for file in files]
         encoded = partial(_stored, stamps, sizes, image, rows)
-        parts.append(Part(part, table[label].take(rows).to_pylist(), encoded, stamps))
+        parts.append(EncodedPart(part, table[label].take(rows).to_pylist(), encoded, stamps))
         info = json.loads((table.schema.metadata or {}).get(b"huggingface", "{}"))  # where `datasets` puts names
         names.append(info.get("info", {}).get("features", {}).get(label, {}).get("names"))
     if names[0] != names[1]:
@@ -197,7 +197,7 @@ def _stored(
             for group in range(file.num_row_groups):
                 row, start = start, start + file.metadata.row_group(group).num_rows
                 in_group, in_file = _cut(in_file, start)
-                for batch in file.iter_batches(_ROWS, [group], [column]) if len(in_group) else ():
+                for batch in file.iter_batches(_ROWS_AT_ONCE, [group], [column]) if len(in_group) else ():
                     in_batch, in_group = _cut(in_group, row + len(batch))
                     yield from (batch.column(0)[number].as_py() for number in (in_batch - row).tolist())
                     row += len(batch)
@@ -256,7 +256,7 @@ def from_hub(
         _check_columns(identifier, (image, label), found[name].column_names)
         rows = found[name].select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
         names = getattr(rows.features[label], "names", None)
-        parts.append(Part(part, list(rows[label]), partial(_listed, rows.select_columns([image]), image)))
+        parts.append(EncodedPart(part, list(rows[label]), partial(_listed, rows.select_columns([image]), image)))
         fingerprints.append(rows._fingerprint)  # changes with the data
     return make_task(identifier, names, parts, size, options={"fingerprints": fingerprints})
 

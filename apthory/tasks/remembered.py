@@ -23,7 +23,7 @@ class Finding(NamedTuple):
     encoding: str  # formats of the images, such as "jpeg/png"
 
 
-def folder() -> Path:
+def findings_folder() -> Path:
     """Where findings are kept."""
     if given := os.environ.get("APTHORY_CACHE"):
         return Path(given)
@@ -47,4 +47,4 @@ def remember(identity: Mapping[str, Any], finding: Finding) -> None:
 
 def _path(identity: Mapping[str, Any]) -> Path:
     content = json.dumps(identity, sort_keys=True).encode("utf-8", "surrogateescape")  # names of files are bytes
-    return folder() / f"task-{hashlib.sha256(content).hexdigest()[:40]}.json"
+    return findings_folder() / f"task-{hashlib.sha256(content).hexdigest()[:40]}.json"

@@ -188,7 +188,7 @@ def _one_by_one(parts: Sequence[tuple[Callable[[Any], Tensor], Any]]) -> Callabl
 # ------------------------------------------------------------------------------------------ second order: T3
 
 
-class Part(NamedTuple):
+class ExampleSet(NamedTuple):
     """Some of the examples that see one prompt."""
 
     model: Callable[[Tensor], Float[Tensor, "example class"]]  # their logits with a prompt
@@ -205,7 +205,7 @@ class Newton(NamedTuple):
 
 
 def gauss_newton(
-    parts: Sequence[Part], prompt: Float[Tensor, "*unit"]
+    parts: Sequence[ExampleSet], prompt: Float[Tensor, "*unit"]
 ) -> tuple[Float[Tensor, "*unit"], Callable[[Tensor], Tensor]]:
     """Gradient for a prompt, and products with the Gauss-Newton matrix ``J' (d^2 loss / d logits^2) J``.
 
@@ -231,7 +231,7 @@ def gauss_newton(
 
 
 def newton(
-    parts: Sequence[Part],
+    parts: Sequence[ExampleSet],
     prompt: Float[Tensor, "*unit"],
     ridge: float,
     *,
@@ -331,13 +331,13 @@ def alignment(first: Float[Tensor, "example example"], second: Float[Tensor, "ex
     """
     if len(first) < 4:
         raise ValueError(f"alignment of kernels of {len(first)} examples; give at least four")
-    one, two = _centred(first.double()), _centred(second.double())
+    one, two = _centred_kernel(first.double()), _centred_kernel(second.double())
     if one is None or two is None:
         return 0.0
     return float((one * two).sum() / (one.norm() * two.norm()))
 
 
-def _centred(kernel: Float[Tensor, "example example"]) -> Float[Tensor, "example example"] | None:
+def _centred_kernel(kernel: Float[Tensor, "example example"]) -> Float[Tensor, "example example"] | None:
     """A kernel whose rows, without the diagonal, have the mean zero; none if it was constant but for rounding."""
     num = len(kernel)
     kernel = kernel - kernel.diagonal().diag()

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.func import jvp
 
 from apthory import sites
-from apthory.equivalence.networks import Network, spread
+from apthory.equivalence.networks import PromptedNetwork, spread
 from apthory.methods import ActivationPrompt
 
-_ROUNDING = 1e-13  # of features: below it there is no effect to tune for
+_FEATURE_ROUNDING = 1e-13  # of features: below it there is no effect to tune for
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gap:
+class DistanceToTuning:
     """Distances of features, relative to the features' norm, for a prompt of some size."""
 
     norm: float  # of the prompt, spread over all units, relative to the mean norm of the activations
@@ -28,7 +28,7 @@ class Gap:
     first_order: float  # from a shift of the layer's result by its derivative: what is due at each position
 
 
-def gap(
+def distance_to_tuning(
     backbone: nn.Module,
     prompt: ActivationPrompt,
     layer: str,
@@ -37,13 +37,13 @@ def gap(
     images: Float[Tensor, "batch *image"] | None = None,
     parameters: Literal["beta", "both"] = "both",
     num_rounds: int = 2,
-) -> list[Gap]:
+) -> list[DistanceToTuning]:
     """How far, at most, a prompt is from tuning one normalization layer, as the prompt grows; in float64.
 
     What is left beyond the first order falls with the square of the norm (E4). The nearest tuning is sought by least
     squares of the features of these images (on others it may miss more). Features are no convex function of a tuning,
-    so what is found is an upper bound, and where `Gap.is_converged` is false not even a local minimum. What the
-    derivatives alone leave is exact, for prompts and tunings so small that they hold.
+    so the distance is an upper bound; where `DistanceToTuning.is_converged` is false it is not even a local minimum.
+    The field `linear` is exact for prompts and tunings so small that the derivatives describe them.
 
     Args:
         prompt: Its direction counts; its norm is replaced.
@@ -68,7 +68,7 @@ def gap(
         raise ValueError(
             f"{layer!r} is a {type(norm_layer).__name__} without gamma and beta; name a layer that has them"
         )
-    network = Network(backbone, prompt.site, images)
+    network = PromptedNetwork(backbone, prompt.site, images)
     place = network.place(layer)
     if layer in network.order[: network.order.index("")] and sites.resolve(backbone, place) != network.site:
         raise ValueError(
@@ -89,9 +89,9 @@ def gap(
         return float((a - b).norm() / plain.norm())
 
     axis, search = network.axis_at(place), None
-    if max(distance(target, plain) for target in targets) > _ROUNDING:
+    if max(distance(target, plain) for target in targets) > _FEATURE_ROUNDING:
         if network.uses_batch_statistics:
-            raise ValueError("with batch statistics gap measures channel prompts alone; call eval() on the backbone")
+            raise ValueError("with batch statistics only channel prompts are measured; call eval() on the backbone")
         search = _Tuning(lambda y: suffix(y, *skips), result, axis, has_gain=parameters == "both")
     found, limit, values = [], 0.0, None
     if search is not None:
@@ -108,7 +108,7 @@ def gap(
             values, is_converged = search.nearest(target, starts, num_rounds)
             tuning = distance(search(values), target)
         found.append(
-            Gap(
+            DistanceToTuning(
                 norm=norm,
                 effect=distance(target, plain),
                 tuning=tuning,
@@ -132,7 +132,7 @@ class _Tuning:
                 f"{features.numel()} features of {len(result)} images do not determine {len(self.zero)} values; "
                 f"pass at least {-(-len(self.zero) // features.shape[1])} images"
             )
-        self.rounding = _ROUNDING * float(features.norm())
+        self.rounding = _FEATURE_ROUNDING * float(features.norm())
         self.linearize(self.zero)
 
     def __call__(self, values: Tensor) -> Tensor:
