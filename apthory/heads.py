@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 _PREDICTIONS_AT_ONCE = 4096  # features whose predictions are counted at once
-_BEHIND = 1e-3  # by so much is a logit less than that of an earlier class with the same source
+_BEHIND = 1e-3  # how much a class's logit is lowered for each earlier class with the same source
 
 
 class Heads(nn.Module):
@@ -226,16 +226,16 @@ def assign(counts: Int64[Tensor, "num class source"], assignment: Assignment) ->
     if assignment == "mode":
         return counts.argmax(2)
     num, num_classes, _ = counts.shape
-    counts, every = counts.clone(), torch.arange(num, device=counts.device)
+    counts, bundle = counts.clone(), torch.arange(num, device=counts.device)
     chosen = counts.new_empty(num, num_classes)
     for step in range(num_classes):
         if assignment == "ordered":
-            label, source = torch.full_like(every, step), counts[:, step].argmax(1)
+            label, source = torch.full_like(bundle, step), counts[:, step].argmax(1)
         else:
             label, source = torch.unravel_index(counts.flatten(1).argmax(1), counts.shape[1:])
-        chosen[every, label] = source
-        counts[every, label] = -1  # both are taken
-        counts[every, :, source] = -1
+        chosen[bundle, label] = source
+        counts[bundle, label] = -1  # both are taken
+        counts[bundle, :, source] = -1
     return chosen
 
 

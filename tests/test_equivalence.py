@@ -539,7 +539,7 @@ def test_batch_statistics_of_any_layer_count_not_the_mode_of_the_backbone(which:
         fold(model, prompt)
     full = methods.ActivationPrompt.zeros(tiny.backbone("resnet"), "layer2.0.bn2:input")
     full.delta.data.normal_(generator=torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match="with batch statistics gap measures channel prompts alone"):
+    with pytest.raises(ValueError, match="with batch statistics only channel prompts are measured"):
         distance_to_tuning(model, full, "layer2.0.bn2", [1.0])
     vit = copy.deepcopy(tiny.backbone("vit")).train()  # no BatchNorm and no dropout: the mode changes nothing
     prompt = methods.ActivationPrompt.zeros(vit, "blocks.1.norm1", "channel")
@@ -728,7 +728,7 @@ def test_a_gap_needs_enough_images_eval_mode_and_a_layer_to_tune():
     assert max(found.effect, found.tuning, found.first_order) <= EXACT  # batch statistics: nothing to tune for
     prompt = methods.ActivationPrompt.zeros(trained, "layer2.0.bn1:input")
     prompt.delta.data.normal_(generator=torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match="with batch statistics gap measures channel prompts alone"):
+    with pytest.raises(ValueError, match="with batch statistics only channel prompts are measured"):
         distance_to_tuning(trained, prompt, "layer2.0.bn1", [1.0])
 
 

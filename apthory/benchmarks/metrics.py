@@ -79,14 +79,16 @@ def race_metrics(
         "loop without NumPy": lambda step: math.hypot(*step),
     }
     loops = {
-        f"distances of a map, {name}": [partial(_loop_distance, one, grid, norm) for one in maps[:num_maps].cpu()]
+        f"distances of a map, {name}": [
+            partial(_loop_distance, weights, grid, norm) for weights in maps[:num_maps].cpu()
+        ]
         for name, norm in norms.items()
     }
     seconds |= costs.interleaved_seconds({"distances of a layer": ours}, 3 * num_repeats, device)
     for name, loop in loops.items():
         times = costs.interleaved_seconds(dict(enumerate(loop)), 1)
-        seconds[name] = [value for several in times.values() for value in several]
-        difference = torch.stack([one() for one in loop]) - ours()[:num_maps].cpu()
+        seconds[name] = [value for in_turn in times.values() for value in in_turn]
+        difference = torch.stack([work() for work in loop]) - ours()[:num_maps].cpu()
         errors[f"distance beside {name.split(', ')[1]}"] = float(difference.abs().max())
     return {
         "seconds": seconds,

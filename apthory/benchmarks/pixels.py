@@ -42,11 +42,13 @@ def race_pixels(backbone: Mapping[str, Any], recipe: Mapping[str, Any], num_repe
         for name, method in TIMED_METHODS.items():
             over_bare[name].append(prefix_cache.step_over_bare(model, task, method, how, 1))
     mapping = heads.LabelMapping(backbones.classifier(**backbone), how="frequency", counted="images")
-    one = [training.Configuration(learning_rate=prefix_cache.LEARNING_RATES[0])]
+    configurations = [training.Configuration(learning_rate=prefix_cache.LEARNING_RATES[0])]
     works: dict[str, Callable[[], Any]] = {
-        "start, trained head": partial(training.Bundle, model, task, TIMED_METHODS["vp"], one, how),
-        "start, mapping": partial(training.Bundle, model, task, TIMED_METHODS["vp"], one, how, head=mapping),
-        "run, mapping": partial(training.fit, model, task, TIMED_METHODS["vp"], one, recipe=how, head=mapping),
+        "start, trained head": partial(training.Bundle, model, task, TIMED_METHODS["vp"], configurations, how),
+        "start, mapping": partial(training.Bundle, model, task, TIMED_METHODS["vp"], configurations, how, head=mapping),
+        "run, mapping": partial(
+            training.fit, model, task, TIMED_METHODS["vp"], configurations, recipe=how, head=mapping
+        ),
     }
     device = next(model.parameters()).device
     seconds = costs.interleaved_seconds(works, num_repeats, device)
@@ -66,11 +68,13 @@ def race_words(backbone: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[s
     """
     towers, how = clip.of(backbone), record_format.recipe_of(recipe)
     task = tasks.load("textures", backbones.input_size(towers.image))
-    one = [training.Configuration(learning_rate=prefix_cache.LEARNING_RATES[0])]
+    configurations = [training.Configuration(learning_rate=prefix_cache.LEARNING_RATES[0])]
     head = towers.text_head(task.classes)
     works: dict[str, Callable[[], Any]] = {
         "text features": partial(towers.text_head, task.classes),
-        "run, text head": partial(training.fit, towers.image, task, TIMED_METHODS["vp"], one, recipe=how, head=head),
+        "run, text head": partial(
+            training.fit, towers.image, task, TIMED_METHODS["vp"], configurations, recipe=how, head=head
+        ),
     }
     device = next(towers.image.parameters()).device
     return {"seconds": costs.interleaved_seconds(works, 1, device), "device": costs.device_name(device)}

@@ -41,18 +41,22 @@ def fold(
     network = PromptedNetwork(backbone, prompt.site, images)
     prompt(prompt.delta.new_zeros(1, *network.unit))  # refuses a prompt that does not fit
     delta = prompt.delta.detach().to(network.device, torch.float64)
-    found = network.closest(network.scale * network.draw(*delta.shape))
-    shift = network.shift(found.layer, found.is_before, delta) if found else None
-    if found and found.difference <= TOLERANCE and shift is not None:
-        found = replace(found, difference=network.missed(found.layer, shift, network(delta)))
-    if found is None or shift is None or found.difference > TOLERANCE:
+    bias_near = network.closest(network.scale * network.draw(*delta.shape))
+    shift = network.shift(bias_near.layer, bias_near.is_before, delta) if bias_near else None
+    if bias_near and bias_near.difference <= TOLERANCE and shift is not None:
+        bias_near = replace(bias_near, difference=network.missed(bias_near.layer, shift, network(delta)))
+    if bias_near is None or shift is None or bias_near.difference > TOLERANCE:
         raise ValueError(
             f"no bias near {prompt.site!r} equals this prompt"
-            + (f": {found.layer}.bias leaves a relative difference of {found.difference:.1g}" if found else "")
+            + (
+                f": {bias_near.layer}.bias leaves a relative difference of {bias_near.difference:.1g}"
+                if bias_near
+                else ""
+            )
             + "; diagnose(backbone, site) says what holds there"
         )
     folded = copy.deepcopy(backbone)
-    bias = folded.get_parameter(found.parameter)
+    bias = folded.get_parameter(bias_near.parameter)
     with torch.no_grad():
         bias.copy_((bias + shift).to(bias.dtype))
     return folded
@@ -98,8 +102,8 @@ def diagnose(
         change, effect = prompted - plain, difference(prompted, plain)
         is_absorbed = difference(change, change.mean(0), scale=plain) <= TOLERANCE
         is_larger = difference(network(full), network(network.mean_over_positions(full))) > TOLERANCE
-    found = network.closest(probe) or _Bias("", False, effect)
-    target, distance = found.parameter, found.difference
+    closest = network.closest(probe) or _Bias("", False, effect)
+    target, distance = closest.parameter, closest.difference
     holds: str
     kind: Kind
     if len(basis) == network.num_channels:
@@ -108,12 +112,12 @@ def diagnose(
         if network.uses_batch_statistics:
             holds, sentence = "E2", "Batch statistics remove a channel prompt; in eval mode it is a shift."
     elif distance <= TOLERANCE:
-        holds, kind = statement(backbone.get_submodule(found.layer), found.edge), "exact"
+        holds, kind = statement(backbone.get_submodule(closest.layer), closest.edge), "exact"
         sentence = f"A channel prompt is a shift of {target}."
     elif is_absorbed:
         target, distance = "", effect
         holds, kind, sentence = "E8", "absorbed", "A channel prompt shifts the features of all images alike."
-    elif border := network.border(found, probe):
+    elif border := network.border(closest, probe):
         holds, kind = "E5", "border"
         sentence = f"A channel prompt is a shift of {target}, but for zero padding: {border} positions differ."
     elif (norm := network.norm_fed()) and isinstance(backbone.get_submodule(norm), BATCH_NORM):
@@ -280,14 +284,14 @@ class PromptedNetwork:
         before = [name for name in with_bias[:here][::-1] if name][:2]
         after = [name for name in with_bias[here + 1 :] if name][:2]
         prompted = self(delta)
-        found = []
+        tried = []
         for name, is_before in [(name, True) for name in before] + [(name, False) for name in after]:
             shift = self.shift(name, is_before, delta)
             if shift is not None:
-                found.append(_Bias(name, is_before, self.missed(name, shift, prompted)))
-                if found[-1].difference <= TOLERANCE:
-                    return found[-1]
-        return min(found, key=lambda bias: bias.difference, default=None)
+                tried.append(_Bias(name, is_before, self.missed(name, shift, prompted)))
+                if tried[-1].difference <= TOLERANCE:
+                    return tried[-1]
+        return min(tried, key=lambda bias: bias.difference, default=None)
 
     def missed(self, layer: str, shift: Tensor, prompted: Tensor) -> float:
         """How far the features with a shifted bias are from those with a prompt."""

@@ -77,9 +77,9 @@ def distance_to_tuning(
     z = network.read(network.site)
     direction = prompt.delta.detach().to(z).expand(network.unit)
     direction = direction * (z.flatten(1).norm(dim=1).mean() / direction.norm())
-    zero, one = z.new_zeros(()), z.new_ones(())
-    result, moved = jvp(lambda size: network.read(place, size * direction), (zero,), (one,))[:2]
-    plain, drift = jvp(lambda size: network(size * direction), (zero,), (one,))[:2]
+    zero, unit = z.new_zeros(()), z.new_ones(())
+    result, moved = jvp(lambda size: network.read(place, size * direction), (zero,), (unit,))[:2]
+    plain, drift = jvp(lambda size: network(size * direction), (zero,), (unit,))[:2]
     prefix, suffix = sites.split(network.model, place, example=network.images)
     with torch.no_grad():
         skips = prefix(network.images)[1:]
@@ -93,7 +93,7 @@ def distance_to_tuning(
         if network.uses_batch_statistics:
             raise ValueError("with batch statistics only channel prompts are measured; call eval() on the backbone")
         search = _Tuning(lambda y: suffix(y, *skips), result, axis, has_gain=parameters == "both")
-    found, limit, values = [], 0.0, None
+    distances, limit, values = [], 0.0, None
     if search is not None:
         limit = distance(search.unexplained(drift), torch.zeros_like(plain))
     for index, (norm, target) in enumerate(zip(norms, targets, strict=True)):
@@ -107,7 +107,7 @@ def distance_to_tuning(
                 starts.append(values * (norm / norms[index - 1]))
             values, is_converged = search.nearest(target, starts, num_rounds)
             tuning = distance(search(values), target)
-        found.append(
+        distances.append(
             DistanceToTuning(
                 norm=norm,
                 effect=distance(target, plain),
@@ -117,7 +117,7 @@ def distance_to_tuning(
                 first_order=distance(linear, target),
             )
         )
-    return found
+    return distances
 
 
 class _Tuning:

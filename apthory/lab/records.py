@@ -192,12 +192,12 @@ def name_of(function: Callable[..., Any]) -> str:
 
 def load_all(folder: Path, name: str | None = None) -> list[Record]:
     """All whole records of a folder, in the order of their keys; only those of one function if named."""
-    found = []
+    records = []
     for path in sorted(folder.glob("*.json")):
         record = _read_or_set_aside(path)
         if record and name in (None, record.name):
-            found.append(record)
-    return found
+            records.append(record)
+    return records
 
 
 def citation(records: Iterable[Record | str]) -> list[str]:
@@ -257,12 +257,12 @@ def code_digest(*modules: ModuleType) -> dict[str, str]:
 
 def _modules_of(module: ModuleType) -> list[str]:
     """The module's name, and those of the modules in it if it is a package."""
-    found = [module.__name__]
+    names = [module.__name__]
     for folder in map(Path, getattr(module, "__path__", ())):
         for path in sorted(folder.rglob("*.py")):
             parts = path.relative_to(folder).with_suffix("").parts
-            found.append(".".join([module.__name__, *(part for part in parts if part != "__init__")]))
-    return sorted(set(found))
+            names.append(".".join([module.__name__, *(part for part in parts if part != "__init__")]))
+    return sorted(set(names))
 
 
 def root() -> Path:
@@ -388,7 +388,9 @@ _FIELD_TYPES = {
 def _check_kind(name: str, value: Any) -> None:
     """Raise TypeError unless a field of a record is of its kind; what is not listed is text."""
     kind = _FIELD_TYPES.get(name, str)
-    if not isinstance(value, kind) or (name == "code" and not all(isinstance(one, str) for one in value.values())):
+    if not isinstance(value, kind) or (
+        name == "code" and not all(isinstance(digest, str) for digest in value.values())
+    ):
         raise TypeError(f"its field {name!r} is {type(value).__name__}, {str(value)[:40]!r}")
 
 

@@ -355,7 +355,7 @@ class _Reader(TorchFunctionMode):
         """Where the tokens of the running module lie: in a window that it names, or all over the image."""
         num_images, height, width = self.image
         around = next(
-            one.shape for one in reversed(self.running[:-1] or self.running) if one.shape[:1] == self.image[:1]
+            call.shape for call in reversed(self.running[:-1] or self.running) if call.shape[:1] == self.image[:1]
         )
         window = self._window
         if window and math.prod(window) == num_tokens and (num_sequences != num_images or len(around) == 4):

@@ -54,8 +54,8 @@ def layer_profile(
     if len(images) < 4:
         raise ValueError(f"a profile takes at least 4 images, not {len(images)}: similarity is debiased")
     (images,) = batches.batches(images, len(images), backbone)  # on its device, and none of its statistics moves
-    every = sites.list_sites(backbone)
-    places = every if places is None else list(places)
+    block_sites = sites.list_sites(backbone)
+    places = block_sites if places is None else list(places)
     parts = images.split(batch_size)
     with torch.no_grad():
         seen = sites.capture(backbone, places, images[:1])
@@ -74,7 +74,7 @@ def layer_profile(
         rows.append(
             {
                 "site": site,
-                "depth": every.index(site) / (len(every) - 1) if site in every else math.nan,
+                "depth": block_sites.index(site) / (len(block_sites) - 1) if site in block_sites else math.nan,
                 "positions": gradient.positions,
                 "channels": seen[site].shape[axes[site]],
                 "field": theory[site],
@@ -114,10 +114,10 @@ def _attention_by_site(
         warnings.warn(f"attention is left out, since {error}", stacklevel=3)
         return dict.fromkeys(places, nothing)
     means = heads.groupby("layer", sort=False)[list(names.values())].mean()
-    found = {}
+    by_site = {}
     for site in places:
         block, _, edge = site.rpartition(":")
         inside = means[[edge == "input" and f"{layer}.".startswith(f"{block}.") for layer in means.index]]
         values = {name: float(inside[column].iloc[0]) for name, column in names.items()} if len(inside) else nothing
-        found[site] = values
-    return found
+        by_site[site] = values
+    return by_site

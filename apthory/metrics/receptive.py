@@ -260,8 +260,8 @@ def _given(names: Sequence[str], args: tuple, kwargs: dict) -> dict[str, Any]:
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    several = (value,) if isinstance(value, int) else tuple(value)
-    return several[0], several[-1]
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values[0], values[-1]
 
 
 # ----------------------------------------------------------------------------------------- gradient spread
@@ -334,7 +334,7 @@ def gradient_spread(
             gradient = shifts[site] if gradient is None else gradient  # of zeros, as is no gradient
             by_position = gradient.double().square().sum(axes[site])
             energies[site].append(by_position.reshape(len(x), -1))
-    return {site: _spread(site, torch.cat(several)) for site, several in energies.items()}
+    return {site: _spread(site, torch.cat(parts)) for site, parts in energies.items()}
 
 
 def _spread(site: str, energy: Float[Tensor, "batch position"]) -> GradientSpread:

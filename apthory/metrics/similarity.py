@@ -101,10 +101,10 @@ class CKA:
             ValueError: If numbers of samples differ or are below 4 (biased: 3), features are not finite, or the
                 layers are not those of the batches before.
         """
-        several = [features_a] if features_b is None else [features_a, features_b]
-        for z in (z for features in several for z in features.values()):
+        by_network = [features_a] if features_b is None else [features_a, features_b]
+        for z in (z for features in by_network for z in features.values()):
             _check_number(len(z), self.debiased)
-        self.update_grams(*({name: self.gram(z) for name, z in features.items()} for features in several))
+        self.update_grams(*({name: self.gram(z) for name, z in features.items()} for features in by_network))
 
     @torch.no_grad()
     def update_grams(self, grams_a: Mapping[str, Tensor], grams_b: Mapping[str, Tensor] | None = None) -> None:
@@ -331,7 +331,7 @@ def _hsic_of_features(pair: Mapping[str, Tensor], debiased: bool) -> Float64[Ten
     unbiased HSIC is subtracted: ``(<K, L> - n/(n-2) a.b + (sum a)(sum b) / ((n-1)(n-2))) / (n(n-3))``.
     """
     num = len(next(iter(pair.values())))
-    several = []
+    centred = []
     for name, x in pair.items():
         x = _widened(x)
         z = x.double() / _size(x).double()
@@ -339,11 +339,11 @@ def _hsic_of_features(pair: Mapping[str, Tensor], debiased: bool) -> Float64[Ten
         z = z - mean
         if not z.isfinite().all():
             raise ValueError(f"features of {name!r} hold NaN or infinite values")
-        several.append(torch.where(z.square().sum(1).amax() <= _least(x, mean.square().sum()), 0, z))
-    total = torch.stack([torch.stack([(x.T @ y).square().sum() for y in several]) for x in several])
+        centred.append(torch.where(z.square().sum(1).amax() <= _least(x, mean.square().sum()), 0, z))
+    total = torch.stack([torch.stack([(x.T @ y).square().sum() for y in centred]) for x in centred])
     hsic = total
     if debiased:
-        diagonals = torch.stack([z.square().sum(1) for z in several])
+        diagonals = torch.stack([z.square().sum(1) for z in centred])
         traces = diagonals.sum(1)
         hsic = total - num / (num - 2) * diagonals @ diagonals.T + traces.outer(traces) / ((num - 1) * (num - 2))
     with_itself = torch.eye(2, dtype=torch.bool, device=hsic.device)

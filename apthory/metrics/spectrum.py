@@ -105,14 +105,14 @@ def spectra(backbone: nn.Module, images: ImageBatches, places: Sequence[str] | N
     """
     places = list(places) if places is not None else sites.list_sites(backbone)
     how: dict[str, ActivationLayout] = {}
-    found: dict[str, Spectrum] = {}
+    by_site: dict[str, Spectrum] = {}
     num = 0
     for x in batches(images, IMAGES_AT_ONCE, backbone):
         seen = sites.capture(backbone, places, x)
         how = how or layouts(backbone, seen, x)
         for site, z in seen.items():
             own = amplitude_by_frequency(how[site].maps(finite(site, z)))
-            before = found[site].power if site in found else own.power
-            found[site] = replace(own, power=(num * before + len(x) * own.power) / (num + len(x)))
+            before = by_site[site].power if site in by_site else own.power
+            by_site[site] = replace(own, power=(num * before + len(x) * own.power) / (num + len(x)))
         num += len(x)
-    return found
+    return by_site

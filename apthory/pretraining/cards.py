@@ -167,8 +167,8 @@ def _accepted(path: Path) -> dict[str, Any]:
     card = read_card(path)
     if card["backbone"] not in backbones.SHIPPED:
         raise ValueError(f"{path.name} is of {card['backbone']!r}; those that ship are {', '.join(backbones.SHIPPED)}")
-    if found := card_problems(path):
-        raise ValueError("; ".join(found))
+    if problems := card_problems(path):
+        raise ValueError("; ".join(problems))
     if not card["note"].strip():
         raise ValueError(f"the card of {path.name} has no note; say the licence of the data: `apthory pretrain --note`")
     if (seed := _first_run(card)["recipe"]["seed"]) != 0:

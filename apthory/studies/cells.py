@@ -169,7 +169,7 @@ def run_cell(
     how = record_format.recipe_of(recipe)
     if method["name"] == "random_prompt":
         fits = _fit_random(model, data, method, how, learning_rates, seeds)
-        evaluations = [training.evaluate(data, [one])[0] for one in fits]
+        evaluations = [training.evaluate(data, [trained])[0] for trained in fits]
     else:
         probe = None
         if method["name"] == "frozen_head":
@@ -291,22 +291,22 @@ def key(config: Mapping[str, Any]) -> str:
     return json.dumps(config, sort_keys=True)
 
 
-def by_config(found: Iterable[records.Record]) -> dict[str, records.Record]:
+def by_config(recorded: Iterable[records.Record]) -> dict[str, records.Record]:
     """Records that hold, by the `key` of their configuration.
 
     Raises:
         ValueError: If two are of one configuration, but of other data or weights: which one is meant, only these tell.
     """
-    several: dict[str, records.Record] = {}
-    for record in found:
+    kept: dict[str, records.Record] = {}
+    for record in recorded:
         if not records.superseded(record):
-            other = several.setdefault(key(record.config), record)
+            other = kept.setdefault(key(record.config), record)
             if other.key != record.key:
                 raise ValueError(
                     f"records {other.key[:12]} and {record.key[:12]} are of one configuration, but of other data or "
                     "weights; remove the one that no longer counts, or give the data (APTHORY_DATA)"
                 )
-    return several
+    return kept
 
 
 @lru_cache(maxsize=4)

@@ -48,8 +48,10 @@ def gain(prompts: pd.DataFrame, probe: pd.DataFrame) -> pd.DataFrame:
     return both[["task", "seed"]].assign(correct=[a.astype(float) - b for a, b in pairs])
 
 
-def agreement(one: pd.DataFrame, other: pd.DataFrame) -> pd.Series:
+def agreement(first: pd.DataFrame, second: pd.DataFrame) -> pd.Series:
     """Rank correlation over sites of the mean accuracies of two tables of prompts, by task."""
-    means = [table.groupby(["task", "site"])["accuracy"].mean() for table in (one, other)]
-    both = pd.concat(means, axis=1, keys=["one", "other"], join="inner")
-    return both.groupby("task")[["one", "other"]].apply(lambda rows: intervals.spearman(rows["one"], rows["other"]))
+    means = [table.groupby(["task", "site"])["accuracy"].mean() for table in (first, second)]
+    both = pd.concat(means, axis=1, keys=["first", "second"], join="inner")
+    return both.groupby("task")[["first", "second"]].apply(
+        lambda rows: intervals.spearman(rows["first"], rows["second"])
+    )

@@ -89,8 +89,8 @@ def find_studies(
     known = studies.get(suite, {})
     chosen = [name.strip() for name in names.split(",")] if names else list(known)
     if unknown := [name for name in chosen or [""] if name not in known]:
-        every = ", ".join(f"{name} ({one})" for one, several in studies.items() for name in several)
-        raise ValueError(f"no study {unknown[0]!r} in the suite {suite!r}; there are {every}")
+        known_names = ", ".join(f"{name} ({home})" for home, by_name in studies.items() for name in by_name)
+        raise ValueError(f"no study {unknown[0]!r} in the suite {suite!r}; there are {known_names}")
     return {name: known[name] for name in chosen}
 
 
@@ -114,20 +114,20 @@ def fetch_study(study: LayerStudy, folder: Path, executor: Executor | None = Non
 
 def layer_cells(study: LayerStudy) -> Iterable[dict[str, Any]]:
     """Configurations of `run_cell`: the prompts and cheap controls first, then the controls that cost as much."""
-    every, costly = [], []
+    cheap, costly = [], []
     for backbone in study.backbones:
         model = backbone_of(json.dumps(dict(backbone)))
         places = sites.list_sites(model)
         chosen = (places if study.last_sites is None else places[-study.last_sites :])[:: study.site_every]
         with_norm, with_frozen = chosen[-2::-1][:: study.norm_every], chosen[-2::-1][:: study.frozen_every]
         for task in study.tasks:
-            every.append(cell(study.protocol, backbone, task, {"name": "linear_probe"}))
+            cheap.append(cell(study.protocol, backbone, task, {"name": "linear_probe"}))
             for site in chosen:
                 prompt = "vp" if site == ":input" else "ap"
-                every.append(cell(study.protocol, backbone, task, {"name": prompt, "site": site}))
+                cheap.append(cell(study.protocol, backbone, task, {"name": prompt, "site": site}))
                 if not study.controls:
                     continue
-                every.append(cell(study.protocol, backbone, task, {"name": "site_probe", "site": site}))
+                cheap.append(cell(study.protocol, backbone, task, {"name": "site_probe", "site": site}))
                 if site in with_frozen:
                     costly.append(
                         cell(study.protocol, backbone, task, {"name": "frozen_head", "site": site}, control=True)
@@ -135,7 +135,7 @@ def layer_cells(study: LayerStudy) -> Iterable[dict[str, Any]]:
                 if site in with_norm and sites.norms_between(model, site):
                     costly.append(cell(study.protocol, backbone, task, {"name": "norm", "site": site}, control=True))
             for site in sites.list_sites(model, "norm") if study.finer else ():
-                every.append(cell(study.protocol, backbone, task, {"name": "ap", "site": site}))
+                cheap.append(cell(study.protocol, backbone, task, {"name": "ap", "site": site}))
             if study.full:
                 costly.append(cell(study.protocol, backbone, task, {"name": "full"}, control=True))
-    return every + costly
+    return cheap + costly

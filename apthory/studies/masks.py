@@ -47,12 +47,12 @@ def measure_masks(
     model, data = cells.load_backbone_and_task(backbone, task, size)
     fits = _fit_prompts(model, data, method, recipe, learning_rate, seeds)
     x = backbones.normalize(model, data.test[fits[0].split.test[:num_images]])
-    found: list[Any] = [fit.prompt for fit in fits]
-    weights = frame_pixels(found[0].layout)
+    prompts: list[Any] = [fit.prompt for fit in fits]
+    weights = frame_pixels(prompts[0].layout)
     reached = weights > 0
     weights = weights[reached] / weights.sum()
     masks, probabilities = (
-        torch.stack([see(prompt)[:, reached] for prompt in found])
+        torch.stack([see(prompt)[:, reached] for prompt in prompts])
         for see in (lambda prompt: prompt.regions(x), lambda prompt: prompt.probabilities(x))
     )
     return {

@@ -106,27 +106,33 @@ WORDS = {"text": {"template": clip.VP_TEMPLATE}}  # EVP's differs in a capital l
 def _embedded() -> dict[str, PixelStudy]:
     recipe = training.Recipe(num_epochs=2, batch_size=16, num_train=64, num_validation=40, num_test=120)
     protocol = cells.Protocol(recipe=recipe, learning_rates=(1.6e-2, 6.4e-2), seeds=(0, 1), control_seeds=(0,))
-    one = replace(protocol, recipe=replace(recipe, num_epochs=4, num_train=96), seeds=(0,))
-    two: dict[str, Any] = {"tasks": TWO_EMBEDDED_TASKS, "protocol": protocol}
+    one_seed = replace(protocol, recipe=replace(recipe, num_epochs=4, num_train=96), seeds=(0,))
+    shared: dict[str, Any] = {"tasks": TWO_EMBEDDED_TASKS, "protocol": protocol}
     ends = ("vp 30", "vp 112", "adavipro 30", "adavipro 112")
     return {
         "pixels": {
-            "methods": StudyPart(arms=METHOD_ARMS, places={"resnet_micro": PROMPT_SITES["resnet_micro"][3::2]}, **two),
-            "mapping": StudyPart(arms=MAPPED, heads=_arms(HEADS, "frequency"), **two),
-            "widths": StudyPart(arms=_arms(BY_WIDTH, *ends), **two),
-            "placement": StudyPart(
-                arms={name: PLACEMENT[name] for name in PLACEMENT if not name.endswith(" 5")}, **two
+            "methods": StudyPart(
+                arms=METHOD_ARMS, places={"resnet_micro": PROMPT_SITES["resnet_micro"][3::2]}, **shared
             ),
-            "ablations": StudyPart(arms=_arms(ABLATIONS, "evp", "no diversity", "adavipro", "no edges"), **two),
-            "rates": StudyPart(arms={name: BY_RATE[name] for name in BY_RATE if name.endswith(("x1", "x10"))}, **two),
-            "normalization": StudyPart(arms=_arms(NORMALIZED, "l2 x1", "none x3000"), **two),
-            "4 per class": StudyPart(arms=BY_SCALE, per_class=4, **two),
-            "corruptions": StudyPart(arms=BY_SCALE, shifts=CORRUPTIONS[1::3], **two),
+            "mapping": StudyPart(arms=MAPPED, heads=_arms(HEADS, "frequency"), **shared),
+            "widths": StudyPart(arms=_arms(BY_WIDTH, *ends), **shared),
+            "placement": StudyPart(
+                arms={name: PLACEMENT[name] for name in PLACEMENT if not name.endswith(" 5")}, **shared
+            ),
+            "ablations": StudyPart(arms=_arms(ABLATIONS, "evp", "no diversity", "adavipro", "no edges"), **shared),
+            "rates": StudyPart(
+                arms={name: BY_RATE[name] for name in BY_RATE if name.endswith(("x1", "x10"))}, **shared
+            ),
+            "normalization": StudyPart(arms=_arms(NORMALIZED, "l2 x1", "none x3000"), **shared),
+            "4 per class": StudyPart(arms=BY_SCALE, per_class=4, **shared),
+            "corruptions": StudyPart(arms=BY_SCALE, shifts=CORRUPTIONS[1::3], **shared),
         },
         "masks": {
-            "judged": StudyPart(arms=_arms(ABLATIONS, "adavipro"), tasks=TWO_EMBEDDED_TASKS, protocol=one),
-            "judged, from zero": StudyPart(arms=_arms(ABLATIONS, "from zero"), tasks=TWO_EMBEDDED_TASKS, protocol=one),
-            "shown": StudyPart(arms=SHOWN, tasks=TWO_EMBEDDED_TASKS, protocol=one),
+            "judged": StudyPart(arms=_arms(ABLATIONS, "adavipro"), tasks=TWO_EMBEDDED_TASKS, protocol=one_seed),
+            "judged, from zero": StudyPart(
+                arms=_arms(ABLATIONS, "from zero"), tasks=TWO_EMBEDDED_TASKS, protocol=one_seed
+            ),
+            "shown": StudyPart(arms=SHOWN, tasks=TWO_EMBEDDED_TASKS, protocol=one_seed),
         },
     }
 
@@ -135,7 +141,7 @@ def _small() -> dict[str, PixelStudy]:
     protocol = layers.LAYER_STUDIES["small"]["S"].protocol
     recipe = protocol.recipe
     two_seeds = replace(protocol, seeds=(0, 1))
-    every = replace(two_seeds, recipe=replace(recipe, num_epochs=6, num_train=None))
+    all_images = replace(two_seeds, recipe=replace(recipe, num_epochs=6, num_train=None))
     short = replace(two_seeds, recipe=replace(recipe, num_epochs=5, num_train=256))
     tasks = ("cifar10", "gtsrb", "dtd10", "pacs", "rsscn7")
     real: dict[str, Any] = {"tasks": tasks, "protocol": protocol}
@@ -164,7 +170,7 @@ def _small() -> dict[str, PixelStudy]:
             "normalization": StudyPart(arms=NORMALIZED, **side),
             "4 per class": StudyPart(arms=BY_SCALE, per_class=4, tasks=tasks[1:], protocol=two_seeds),
             "16 per class": StudyPart(arms=BY_SCALE, per_class=16, tasks=tasks[1:], protocol=two_seeds),
-            "all images": StudyPart(arms=BY_SCALE, tasks=tasks[1:], protocol=every),
+            "all images": StudyPart(arms=BY_SCALE, tasks=tasks[1:], protocol=all_images),
             "domains": StudyPart(arms=PROMPTS, tasks=("pacs",), domain="photo", shifts=domains, **moved),
             "corruptions": StudyPart(arms=PROMPTS, tasks=("cifar10",), shifts=CORRUPTIONS, **micro, **moved),
         },

@@ -52,18 +52,18 @@ _MAX_EPOCHS = 60  # each is followed by a pass over the validation images
 
 def pixel_cells(study: PixelStudy) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """For every cell what tables call it, and its configuration (of `run_shifted` if it has shifts)."""
-    found = []
+    named = []
     for name, part in study.items():
         for spec, task, (head, fields), (arm, method) in itertools.product(
             part.backbones, part.tasks, part.heads.items(), part.arms.items()
         ):
             protocol = _protocol(part, task, method, fields)
-            for one in _methods(method, spec, part.places):
-                config = cells.cell(protocol, spec, task, one, control=one["name"] == "full", head=fields)
+            for scaled in _methods(method, spec, part.places):
+                config = cells.cell(protocol, spec, task, scaled, control=scaled["name"] == "full", head=fields)
                 if part.shifts:
                     config |= {"domain": part.domain, "shifts": [dict(shift) for shift in part.shifts]}
-                found.append(({"part": name, "arm": arm, "head": head, "width": method.get("width", 30)}, config))
-    return found
+                named.append(({"part": name, "arm": arm, "head": head, "width": method.get("width", 30)}, config))
+    return named
 
 
 def run_pixel_study(study: PixelStudy, folder: Path, executor: Executor | None = None) -> pd.DataFrame:
@@ -72,11 +72,11 @@ def run_pixel_study(study: PixelStudy, folder: Path, executor: Executor | None =
     Width is in pixels at 224. Shift is empty for the task's own test part.
     """
     named = _shared(pixel_cells(study))
-    found: dict[str, records.Record] = {}
+    by_key: dict[str, records.Record] = {}
     for is_shifted, function in ((False, cells.run_cell), (True, run_shifted)):
         chosen = {cells.key(config): config for _, config, _ in named if ("shifts" in config) == is_shifted}
-        found |= dict(zip(chosen, cells.fetch_all(list(chosen.values()), folder, executor, function), strict=True))
-    return _tidy(study, named, found)
+        by_key |= dict(zip(chosen, cells.fetch_all(list(chosen.values()), folder, executor, function), strict=True))
+    return _tidy(study, named, by_key)
 
 
 def recorded(study: PixelStudy, folder: Path) -> pd.DataFrame | None:
@@ -84,12 +84,12 @@ def recorded(study: PixelStudy, folder: Path) -> pd.DataFrame | None:
     named = _shared(pixel_cells(study))
     names = {records.name_of(function) for function in (cells.run_cell, run_shifted)}
     wanted = {cells.key(config) for _, config, _ in named}
-    every = (one for one in records.load_all(folder) if one.name in names) if named else ()
-    found = cells.by_config(one for one in every if cells.key(one.config) in wanted)
-    is_whole = bool(named) and wanted <= found.keys()
-    for record in found.values() if is_whole else ():
+    candidates = (record for record in records.load_all(folder) if record.name in names) if named else ()
+    by_key = cells.by_config(record for record in candidates if cells.key(record.config) in wanted)
+    is_whole = bool(named) and wanted <= by_key.keys()
+    for record in by_key.values() if is_whole else ():
         records.note(record.key)
-    return _tidy(study, named, found) if is_whole else None
+    return _tidy(study, named, by_key) if is_whole else None
 
 
 def slope(
@@ -140,9 +140,9 @@ def _shared(named: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[_Nam
     return [(names, whole.get(cells.key(config), config), "shifts" in config) for names, config in named]
 
 
-def _tidy(study: PixelStudy, named: Sequence[_Named], found: Mapping[str, records.Record]) -> pd.DataFrame:
+def _tidy(study: PixelStudy, named: Sequence[_Named], by_key: Mapping[str, records.Record]) -> pd.DataFrame:
     """One row for each cell, seed and test part that a part asks for; cells may have more."""
-    tables = {key: _by_shift(found[key]) for key in {cells.key(config) for _, config, _ in named}}
+    tables = {key: _by_shift(by_key[key]) for key in {cells.key(config) for _, config, _ in named}}
     parts = []
     for names, config, with_shifts in named:
         rows = tables[cells.key(config)].assign(**names)
@@ -156,9 +156,9 @@ def _tidy(study: PixelStudy, named: Sequence[_Named], found: Mapping[str, record
 def _by_shift(record: records.Record) -> pd.DataFrame:
     """One row for each seed and test part."""
     tables = [cells.table([record]).assign(shift="")]
-    for one in record.values.get("shifts", ()):
-        name = one["domain"] or f"{one['corruption']} {one['strength']:g}"
-        tables.append(cells.table([replace(record, values={**record.values, **one})]).assign(shift=name))
+    for shifted in record.values.get("shifts", ()):
+        name = shifted["domain"] or f"{shifted['corruption']} {shifted['strength']:g}"
+        tables.append(cells.table([replace(record, values={**record.values, **shifted})]).assign(shift=name))
     return pd.concat(tables)
 
 
@@ -198,8 +198,10 @@ def run_shifted(
         images = Images(other.test[test], other.test.labels[test])
         if "corruption" in shift:
             images = corrupted(images, shift["corruption"], shift["strength"])
-        every = replace(fits[0].split, test=torch.arange(len(images)))
-        shifted = training.evaluate(replace(data, test=images), [replace(one, split=every) for one in fits])
+        whole_test = replace(fits[0].split, test=torch.arange(len(images)))
+        shifted = training.evaluate(
+            replace(data, test=images), [replace(trained, split=whole_test) for trained in fits]
+        )
         there = cells.describe(data, fits, shifted)
         labels = {name: shift.get(name, "") for name in ("domain", "corruption", "strength")}
         tested.append({**labels, "num_test": len(images), **{key: there[key] for key in ("accuracy", "correct")}})

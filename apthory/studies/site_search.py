@@ -62,7 +62,7 @@ def search(
 ) -> dict[str, Any]:
     """`selection.find_site` among the sites given, and the chosen prompt on the test part, once."""
     model, data = cells.load_backbone_and_task(backbone, task, size)
-    found = selection.find_site(
+    result = selection.find_site(
         model,
         data,
         recipe=record_format.recipe_of(recipe),
@@ -72,16 +72,16 @@ def search(
         score=score,
         seed=seed,
     )
-    (evaluation,) = training.evaluate(data, [found.fit])
+    (evaluation,) = training.evaluate(data, [result.fit])
     return {
-        "site": found.site,
-        "learning_rate": found.fit.configuration.learning_rate,
-        "validation_accuracy": found.fit.validation_accuracy,
+        "site": result.site,
+        "learning_rate": result.fit.configuration.learning_rate,
+        "validation_accuracy": result.fit.validation_accuracy,
         "accuracy": evaluation.accuracy,
         "correct": evaluation.correct.int(),
-        "flops": found.flops,
-        "exhaustive_flops": found.exhaustive_flops,
-        "trials": found.trials.to_dict("records"),
+        "flops": result.flops,
+        "exhaustive_flops": result.exhaustive_flops,
+        "trials": result.trials.to_dict("records"),
     }
 
 

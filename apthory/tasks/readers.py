@@ -48,9 +48,9 @@ def load_task(name: str, size: int, data: str | Path | None = None) -> Task:
         raise ValueError(f"no embedded task {name!r}, and no data folder to look in. {way_out}. {known}")
     if not Path(folder).is_dir():
         raise ValueError(f"no task {name!r}: the data folder {str(folder)!r} does not exist. {way_out}. {known}")
-    found = sorted(path.name for path in Path(folder).iterdir() if any(path.glob("train-*.parquet")))
-    if name not in found:
-        there = ", ".join(found) or "no folder with train-*.parquet"
+    in_folder = sorted(path.name for path in Path(folder).iterdir() if any(path.glob("train-*.parquet")))
+    if name not in in_folder:
+        there = ", ".join(in_folder) or "no folder with train-*.parquet"
         raise ValueError(f"no task {name!r} in the data folder {str(folder)!r}, which has: {there}. {known}")
     return from_parquet(Path(folder) / name, size)
 
@@ -103,18 +103,18 @@ def _at_paths(files: Sequence[str], indices: Sequence[int]) -> Iterator[Mapping[
 
 
 def _files_by_class(folder: Path) -> dict[str, list[Path]]:
-    found = {}
+    by_class = {}
     for path in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
         files = sorted(file for file in path.rglob("*") if file.is_file())
-        found[path.name] = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
-        if not found[path.name]:
+        by_class[path.name] = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+        if not by_class[path.name]:
             raise ValueError(
                 f"class {path.name!r} in {str(folder)!r} has no images ({len(files)} other files); expected "
                 f"files that end in {', '.join(IMAGE_SUFFIXES)}: add some or remove the folder"
             )
-    if not found:
+    if not by_class:
         raise ValueError(f"{str(folder)!r} has no class folders; expected <class>/*.png in it")
-    return found
+    return by_class
 
 
 def from_parquet(
@@ -240,21 +240,21 @@ def from_hub(
         import datasets
 
     try:
-        found = datasets.load_dataset(identifier, **options)
+        dataset = datasets.load_dataset(identifier, **options)
     except Exception as error:  # the hub's client has many, which differ between versions
         raise OSError(
             f"cannot load {identifier!r} from the hub ({type(error).__name__}: {error}); check identifier, "
             "options and connection, or read a local copy by folder:PATH or parquet:PATH"
         ) from error
-    if not isinstance(found, datasets.DatasetDict):
+    if not isinstance(dataset, datasets.DatasetDict):
         raise ValueError("the options split= and streaming= do not fit here; choose splits by train= and test=")
-    test = test or next((name for name in _TEST_NAMES if name in found), "test")
-    if missing := [name for name in (train, test) if name not in found]:
-        raise ValueError(f"{identifier!r} has no split {some(missing)}; name them by train=, test=: {list(found)}")
+    test = test or next((name for name in _TEST_NAMES if name in dataset), "test")
+    if missing := [name for name in (train, test) if name not in dataset]:
+        raise ValueError(f"{identifier!r} has no split {some(missing)}; name them by train=, test=: {list(dataset)}")
     parts, names, fingerprints = [], None, []
     for part, name in (("train", train), ("test", test)):
-        _check_columns(identifier, (image, label), found[name].column_names)
-        rows = found[name].select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
+        _check_columns(identifier, (image, label), dataset[name].column_names)
+        rows = dataset[name].select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
         names = getattr(rows.features[label], "names", None)
         parts.append(EncodedPart(part, list(rows[label]), partial(_listed, rows.select_columns([image]), image)))
         fingerprints.append(rows._fingerprint)  # changes with the data
