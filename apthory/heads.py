@@ -226,16 +226,16 @@ def assign(counts: Int64[Tensor, "num class source"], assignment: Assignment) ->
     if assignment == "mode":
         return counts.argmax(2)
     num, num_classes, _ = counts.shape
-    counts, bundle = counts.clone(), torch.arange(num, device=counts.device)
+    counts, configurations = counts.clone(), torch.arange(num, device=counts.device)
     chosen = counts.new_empty(num, num_classes)
     for step in range(num_classes):
         if assignment == "ordered":
-            label, source = torch.full_like(bundle, step), counts[:, step].argmax(1)
+            label, source = torch.full_like(configurations, step), counts[:, step].argmax(1)
         else:
             label, source = torch.unravel_index(counts.flatten(1).argmax(1), counts.shape[1:])
-        chosen[bundle, label] = source
-        counts[bundle, label] = -1  # both are taken
-        counts[bundle, :, source] = -1
+        chosen[configurations, label] = source
+        counts[configurations, label] = -1  # both are taken
+        counts[configurations, :, source] = -1
     return chosen
 
 

@@ -269,6 +269,16 @@ def test_readme_gives_the_two_commands():
     assert "make figures" in readme
 
 
+def test_the_glossary_is_linked_and_gives_each_word_one_sentence():
+    for page in ("README.md", "CONTRIBUTING.md"):
+        assert "[GLOSSARY.md](GLOSSARY.md)" in (ROOT / page).read_text()
+    for entry in (ROOT / "GLOSSARY.md").read_text().split("\n- ")[1:]:
+        words, _, sentence = " ".join(entry.partition("\n\n")[0].split()).partition(": ")
+        assert re.fullmatch(r"\*\*[a-z ]+\*\*(, \*\*[a-z ]+\*\*)?", words), entry
+        assert sentence.endswith((".", ".)")), entry
+        assert ". " not in sentence, entry
+
+
 def test_every_make_target_says_what_it_does():
     makefile = (ROOT / "Makefile").read_text()
     (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, flags=re.MULTILINE)
