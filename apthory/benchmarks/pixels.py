@@ -14,7 +14,7 @@ from apthory.benchmarks import prefix_cache
 from apthory.lab import records
 from apthory.studies import record_format
 
-RANDOM_CLIP: Mapping[str, Any] = {"name": "clip:ViT-B-32", "pretrained": None}  # weights at random
+RANDOM_CLIP: Mapping[str, Any] = {"name": "clip:ViT-B-32", "pretrained": None}  # its weights are random
 TIMED_METHODS: Mapping[str, methods.Method] = {"vp": methods.VP(), "evp": methods.EVP(), "adavipro": methods.AdaViPro()}
 
 

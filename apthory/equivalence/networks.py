@@ -172,7 +172,7 @@ class _Bias:
 
     @property
     def edge(self) -> Edge:
-        """Of the layer, on which the site lies."""
+        """The edge of the layer on which the site lies."""
         return "output" if self.is_before else "input"
 
 

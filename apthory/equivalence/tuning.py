@@ -20,12 +20,12 @@ _FEATURE_ROUNDING = 1e-13  # of features: below it there is no effect to tune fo
 class DistanceToTuning:
     """Distances of features, relative to the features' norm, for a prompt of some size."""
 
-    norm: float  # of the prompt, spread over all units, relative to the mean norm of the activations
-    effect: float  # from no prompt at all
-    tuning: float  # from the nearest tuning of the layer that was found: it is at most this far
-    is_converged: bool  # no small change of that tuning comes closer
-    linear: float  # from the nearest tuning, by derivatives alone: the limit of small prompts and small tunings
-    first_order: float  # from a shift of the layer's result by its derivative: what is due at each position
+    norm: float  # norm of the prompt, spread over all units, relative to the mean norm of the activations
+    effect: float  # distance from the features without a prompt
+    tuning: float  # distance from the nearest tuning that the search found; a nearer one may exist
+    is_converged: bool  # whether no small change of that tuning comes closer
+    linear: float  # distance from the nearest tuning by derivatives alone: the limit of small prompts and tunings
+    first_order: float  # distance when the layer's result is shifted, at each position, by its derivative
 
 
 def distance_to_tuning(
@@ -38,7 +38,7 @@ def distance_to_tuning(
     parameters: Literal["beta", "both"] = "both",
     num_rounds: int = 2,
 ) -> list[DistanceToTuning]:
-    """How far, at most, a prompt is from tuning one normalization layer, as the prompt grows; in float64.
+    """Bound how far a prompt is from a tuning of one normalization layer, for growing norms of the prompt; in float64.
 
     What is left beyond the first order falls with the square of the norm (E4). The nearest tuning is sought by least
     squares of the features of these images (on others it may miss more). Features are no convex function of a tuning,
@@ -48,10 +48,11 @@ def distance_to_tuning(
     Args:
         prompt: Its direction counts; its norm is replaced.
         layer: Name of the normalization layer, at or after the prompt's site.
-        norms: Of the prompt, relative to the mean norm of the activations. The search for one begins at the one before.
+        norms: Norms of the prompt, relative to the mean norm of the activations. The search for each norm starts from
+            the tuning that was found for the norm before.
         images: Normalized images, with more features in all than gamma and beta have entries; random by default.
-        parameters: Tune beta alone, or gamma as well.
-        num_rounds: Of ten steps each, at most, for a norm; from the second on each begins with a new derivative.
+        parameters: Whether beta alone is tuned, or gamma too.
+        num_rounds: Most rounds of ten steps for each norm; each round after the first starts with a new derivative.
 
     Raises:
         ValueError: If there is nothing to measure, if there are too few images, or if batch statistics see more than

@@ -269,15 +269,15 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class GradientSpread:
-    """Over how many of a site's positions gradients spread that come back to it."""
+    """Over how many positions of a site the gradients that come back to it spread."""
 
-    positions: int  # all there are, extra tokens among them
-    spread: float  # that one image's gradient spreads over, mean over images
-    coverage: float  # that the gradients of all images spread over together
+    positions: int  # the number of all positions, extra tokens included
+    spread: float  # the number of positions over which one image's gradient spreads, mean over images
+    coverage: float  # the number of positions over which the gradients of all images together spread
 
     @property
     def share(self) -> float:
-        """Spread over positions: 1 if one image's gradient is felt everywhere alike."""
+        """The spread as a share of all positions: 1 if a gradient is of the same size everywhere."""
         return self.spread / self.positions
 
     @property

@@ -42,7 +42,7 @@ def curve(card: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def num_epochs(card: Mapping[str, Any]) -> int:
-    """Of all runs that made the weights."""
+    """Epochs of all runs that made the weights."""
     return card["epochs"] + sum(run["epoch"] for run in card.get("before", []))
 
 

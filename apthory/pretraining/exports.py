@@ -84,7 +84,7 @@ def export(
 
 
 def random_start(config: Config, num_classes: int) -> nn.Module:
-    """The random start of a run, on the CPU, for images of its size."""
+    """The network with random weights from which a run starts, on the CPU, for images of the run's size."""
     model = backbones.start(config.backbone, num_classes, config.seed)
     if hasattr(model, "set_input_size") and backbones.input_size(model) != config.size:
         model = backbones.start(config.backbone, num_classes, config.seed, img_size=config.size)

@@ -22,7 +22,7 @@ def known() -> dict[str, Mapping[str, Study]]:
 
 
 def run_study(study: Study, folder: Path, executor: Executor | None = None) -> pd.DataFrame:
-    """All cells of a study of either kind, computed or read, as its module's table."""
+    """All cells of a layer study or a pixel study, computed or read from records, as a table."""
     if isinstance(study, layers.LayerStudy):
         return layers.run_layer_study(study, folder, executor)
     return pixels.run_pixel_study(study, folder, executor)

@@ -14,7 +14,7 @@ from apthory.lab import records
 from apthory.metrics import attention, similarity
 from apthory.studies import input_limits
 
-GLOBAL_FEATURE_SOURCES = (metrics, input_limits)  # whose code decides the records, besides a cell's
+GLOBAL_FEATURE_SOURCES = (metrics, input_limits)  # their code decides the records, besides a cell's modules
 NetworkKind = Literal["trained", "shuffled"]
 Queries = Literal["patches", "class token"]
 

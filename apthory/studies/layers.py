@@ -36,13 +36,13 @@ class LayerStudy:
     protocol: Protocol
     backbones: tuple[Mapping[str, Any], ...] = ({"name": "vit_micro"}, {"name": "resnet_micro"})
     tasks: tuple[str, ...] = SMALL_TASKS
-    last_sites: int | None = None  # only so many block sites, from the last; None for all
-    site_every: int = 1  # every n-th of them, from the first
-    norm_every: int = 1  # normalization tuning at every n-th site, from the one before the last
-    frozen_every: int = 1  # prompts with frozen heads likewise
-    controls: bool = True  # what is held against a prompt at its site; without them the linear probe alone
-    full: bool = True  # full fine-tuning as a comparator
-    finer: bool = False  # activation prompts after every normalization layer as well
+    last_sites: int | None = None  # how many block sites, counted from the last one; None for all
+    site_every: int = 1  # n takes every n-th of these sites, from the first
+    norm_every: int = 1  # n tunes normalization at every n-th site, counted back from the last site but one
+    frozen_every: int = 1  # the same for prompts with a frozen head
+    controls: bool = True  # whether prompts have controls at their own site; if not, there is the linear probe alone
+    full: bool = True  # whether full fine-tuning is compared
+    finer: bool = False  # whether there are prompts after every normalization layer too
 
 
 _FIVE_SEEDS = Protocol(recipe=training.Recipe(), seeds=(0, 1, 2, 3, 4), control_seeds=(0, 1, 2, 3, 4))

@@ -1,7 +1,7 @@
 """What each suite asks of prompts on pixels: arms, heads, widths, shifts, and the cells of every question.
 
-Where a question is not about backbones or tasks as such, it is put to resnet_micro, two seeds and four tasks: fewer
-make no interval worth having.
+A question that is not about backbones or tasks is asked of resnet_micro alone, with two seeds and four tasks. With
+fewer tasks the intervals would be too wide to tell anything.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from apthory import clip, training
 from apthory.studies import cells, layers
 from apthory.studies.pixels import Arms, PixelStudy, StudyPart
 
-WIDTHS = (5, 30, 60, 90, 112)  # the papers', 112 being the whole image
+WIDTHS = (5, 30, 60, 90, 112)  # those of the papers; 112 covers the whole image
 AROUND = (5, 30, 60)  # frames that leave 214, 164 (the paper's best) and 104 of 224 pixels to the image
 # Both rows give steps of the same size, since gradients have a root mean square of about 4e-4.
 RATES_BY_NORMALIZATION = {"l2": (1.0, 10.0), "none": (3e3, 3e4)}
@@ -23,7 +23,7 @@ CORRUPTIONS = tuple(
 )
 TWO_EMBEDDED_TASKS = ("textures", "orientation")
 CLIP_BACKBONE: dict[str, Any] = {"name": "clip:ViT-B-32", "pretrained": "openai", "input_size": 224}
-PROMPT_SITES = {  # of activation prompts: all block sites but the image; of the larger networks some
+PROMPT_SITES = {  # where activation prompts are tried: all block sites but the image; fewer in larger networks
     "vit_micro": (*(f"blocks.{index}:input" for index in range(8)), "blocks.7:output"),
     "resnet_micro": (
         *(f"layer{stage}.{block}:input" for stage in (1, 2, 3, 4) for block in (0, 1)),
@@ -78,7 +78,7 @@ NORMALIZED: Arms = {
     for norm, rates in RATES_BY_NORMALIZATION.items()
     for rate in rates
 }
-BY_RATE: Arms = {  # each method's share of the learning rate: validation images chose the default
+BY_RATE: Arms = {  # each method's factor on the learning rate; validation images chose the default
     "vp x1": {"name": "vp", "rate": 1.0},
     "vp x10": {"name": "vp"},
     "vp x100": {"name": "vp", "rate": 100.0},

@@ -38,12 +38,12 @@ class StudyPart:
     backbones: Sequence[Mapping[str, Any]] = ({"name": "resnet_micro"},)
     tasks: Sequence[str]
     protocol: cells.Protocol
-    usual: cells.Protocol | None = None  # of methods as they come, so that they are another part's cells; more seeds
+    usual: cells.Protocol | None = None  # for methods without options, so that they share the cells of another part
     heads: Mapping[str, Mapping[str, Any] | None] = field(default_factory=lambda: {"linear": None})
-    places: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by backbone, of arms at the site "each"
+    places: Mapping[str, Sequence[str]] = field(default_factory=dict)  # sites by backbone, for arms at the site "each"
     domain: str = ""  # train on this part of the task alone
-    shifts: Sequence[Mapping[str, Any]] = ()  # test parts of another kind, see `run_shifted`
-    per_class: int | None = None  # training images, on average over classes, instead of the recipe's; as many steps
+    shifts: Sequence[Mapping[str, Any]] = ()  # test images of another kind, see `run_shifted`
+    per_class: int | None = None  # training images for each class on average, instead of the recipe's; as many steps
 
 
 PixelStudy = Mapping[str, StudyPart]
@@ -95,7 +95,7 @@ def recorded(study: PixelStudy, folder: Path) -> pd.DataFrame | None:
 def slope(
     position: Float[np.ndarray, " n"], accuracy: Float[np.ndarray, "*draw n"]
 ) -> Float[np.ndarray, "*draw"] | float:
-    """Of the least-squares line."""
+    """The slope of the least-squares line."""
     away = position - position.mean()
     return accuracy @ away / (away @ away)
 

@@ -11,8 +11,8 @@ from apthory.lab import figures, records
 from apthory.studies import cells, record_format
 from apthory.theory import tangent
 
-SITE_SEARCH_SOURCES = (selection, tangent)  # whose code decides the records, besides a cell's
-UNITS = {  # of the scores, larger being better
+SITE_SEARCH_SOURCES = (selection, tangent)  # their code decides the records, besides a cell's modules
+UNITS = {  # units of the scores; a larger score is better
     "coherence": "coherence (share of the gradient that images share)",
     "windows": "minus the windows to cover",
     "gain": "first-order gain (nats, at the norm of the activation)",

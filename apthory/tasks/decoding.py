@@ -44,14 +44,13 @@ class Stamp(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodedPart:
-    """Train or test part before decoding."""
+    """The train or the test part of a task, before its images are decoded."""
 
     name: str  # "train" or "test"
     labels: Sequence[Any]
-    encoded: Callable[
-        [Sequence[int]], Iterator[Mapping[str, Any] | None]
-    ]  # ascending indices -> "bytes" or else "path"
-    files: Mapping[str, Stamp] = field(default_factory=dict)  # those that the images are in, as far as known
+    # Takes ascending indices and gives a mapping for each, with the image's "bytes", or its "path" if there are none.
+    encoded: Callable[[Sequence[int]], Iterator[Mapping[str, Any] | None]]
+    files: Mapping[str, Stamp] = field(default_factory=dict)  # the files that hold the images, as far as they are known
 
 
 def make_task(

@@ -1,8 +1,8 @@
 """What one pass over a task's images found out, kept between processes so that the next need not decode them.
 
 One small JSON file a task, in the folder that APTHORY_CACHE names, else in ``apthory`` below XDG_CACHE_HOME or
-~/.cache. Its name is the hash of all that decides the pixels: files by path, size and date, options, versions. A file
-that cannot be read or written is as good as none: the pass is then made again.
+~/.cache. Its name is the hash of all that decides the pixels: files by path, size and date, options, versions. If the
+file cannot be read or written, the pass is made again.
 """
 
 import hashlib
