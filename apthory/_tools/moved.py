@@ -7,7 +7,6 @@ there, so a new row is all that a new name takes. To be removed with version 0.2
 
 import sys
 import warnings
-from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
@@ -154,7 +153,7 @@ class _OldModule(ModuleType):
 class _Finder(MetaPathFinder, Loader):
     """Makes old modules, and lets the other finders find today's, whose old names it adds."""
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         package, _, name = fullname.partition(".")
         if package != "apthory":
             return None
