@@ -72,7 +72,7 @@ rank_table["sigma ratio"] = rank_table["smallest"] / rank_table["largest"]
 rank_table.drop(columns=["largest", "smallest", "tolerance"]).round(4)
 
 # %% [markdown]
-# Elsewhere the statement does not hold: there is no fixed shift of the tokens, and `equivalence.reach` says why.
+# Elsewhere the statement does not hold: there is no fixed shift of the tokens, and `equivalence.input_span` says why.
 
 # %%
 for record in ranks.values():

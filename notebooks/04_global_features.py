@@ -54,7 +54,7 @@ networks = [("trained", 0), *(("shuffled", seed) for seed in range(num_controls)
 runs, wanted = [], {"measure_profile": [], "measure_attention": [], "measure_similarity": []}
 digest = backbones.digest(backbones.load(**VIT))
 for study in studies.values():
-    prompts = [cell for cell in layers.configurations(study) if cell["method"]["name"] == "ap"]
+    prompts = [cell for cell in layers.layer_cells(study) if cell["method"]["name"] == "ap"]
     runs += cells.fetch_all(prompts, folder)
     for (name, _), several in itertools.groupby(prompts, lambda cell: (cell["backbone"]["name"], cell["task"])):
         first = next(several)
@@ -70,7 +70,7 @@ for study in studies.values():
             wanted["measure_similarity"].append({**place, **config})
 measured = {
     name: [
-        cells.fetch(config, folder, getattr(global_features, name), global_features.SOURCES)
+        cells.fetch_cell(config, folder, getattr(global_features, name), global_features.GLOBAL_FEATURE_SOURCES)
         for config in progress(configs, desc=name.removeprefix("measure_"))
     ]
     for name, configs in wanted.items()

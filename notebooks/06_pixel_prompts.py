@@ -36,8 +36,8 @@ from apthory.studies import cells, pixel_grids
 from apthory.studies import pixels as pixel_study
 
 folder = records.folder(suite)
-studies = [study for name, study in pixel_grids.STUDIES[suite].items() if name.startswith("pixels")]
-table = pd.concat([pixel_study.run_study(study, folder) for study in studies], ignore_index=True)
+studies = [study for name, study in pixel_grids.PIXEL_STUDIES[suite].items() if name.startswith("pixels")]
+table = pd.concat([pixel_study.run_pixel_study(study, folder) for study in studies], ignore_index=True)
 made_from = list(table["key"].unique())
 own = table[table["shift"] == ""]
 methods = own[own["part"] == "methods"]
@@ -343,7 +343,7 @@ mapped.groupby(["backbone", "part", "arm", "head"], sort=False).agg(
 # clip` left.
 
 # %%
-in_clip = pixel_study.recorded(pixel_grids.STUDIES[suite].get("clip", {}), folder)
+in_clip = pixel_study.recorded(pixel_grids.PIXEL_STUDIES[suite].get("clip", {}), folder)
 if in_clip is None:
     print(f"The {suite} suite has no records of CLIP; its claims are not judged here.")
 else:

@@ -63,7 +63,7 @@ FINDING = ("cifar10", "caltech101", "pacs", "sign_digits")  # and these tasks of
 
 trained, scored, searched = [], [], []
 for study in studies.values():
-    prompts = [cell for cell in layers.configurations(study) if cell["method"]["name"] == "ap"]
+    prompts = [cell for cell in layers.layer_cells(study) if cell["method"]["name"] == "ap"]
     trained += cells.fetch_all(prompts, folder)
     recipe = record_format.recipe(study.protocol.recipe)
     for _, several in itertools.groupby(prompts, lambda cell: (cell["backbone"]["name"], cell["task"])):
@@ -72,10 +72,10 @@ for study in studies.values():
         where["places"] = [cell["method"]["site"] for cell in several]
         examples = {"num_examples": recipe["num_train"], "num_validation": recipe["num_validation"], "seed": 0}
         config = {**where, **examples, "num_second_order": num_second_order}
-        scored.append(cells.fetch(config, folder, site_search.score, site_search.SOURCES))
+        scored.append(cells.fetch_cell(config, folder, site_search.score, site_search.SITE_SEARCH_SOURCES))
         rates = list(study.protocol.learning_rates)
         config = {**where, "recipe": recipe, "learning_rates": rates, "budget": budget, "score": "found", "seed": 0}
-        searched.append(cells.fetch(config, folder, site_search.search, site_search.SOURCES))
+        searched.append(cells.fetch_cell(config, folder, site_search.search, site_search.SITE_SEARCH_SOURCES))
 
 # %%
 ap = cells.table(trained)

@@ -204,9 +204,9 @@ LATER = {  # commands that import what they call when they are called: their arg
     "layers": (["--backbone", "vit_micro", "--task", "digits"], "apthory.backbones.load"),
     "pretrain": (["vit_micro", "--output", "run"], "apthory.pretraining.pretrain"),
     "ship": (["vit_micro.safetensors"], "apthory.pretraining.cards.ship"),
-    "bench": ([], "apthory.benchmarks.prefix_cache.run"),
-    "bench-pixels": ([], "apthory.benchmarks.pixels.run"),
-    "bench-metrics": ([], "apthory.benchmarks.metrics.run"),
+    "bench": ([], "apthory.benchmarks.prefix_cache.run_prefix_cache"),
+    "bench-pixels": ([], "apthory.benchmarks.pixels.run_pixels"),
+    "bench-metrics": ([], "apthory.benchmarks.metrics.run_metrics"),
 }
 
 

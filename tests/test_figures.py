@@ -99,21 +99,21 @@ def test_problems_name_what_is_not_current_any_more(project):
     paths = draw([record])
     kept = records.find(record.key[:12], records.folder("small"))
     for ending in ("png", "pdf"):
-        assert figures.problems(paths[ending]) == []
+        assert figures.figure_problems(paths[ending]) == []
     fact.version = 2
-    assert "record " + record.key[:12] in figures.problems(paths["png"])[0]
+    assert "record " + record.key[:12] in figures.figure_problems(paths["png"])[0]
     fact.version = 1
     paths["csv"].write_bytes(paths["csv"].read_bytes() + b"c,1\n")
-    assert ["not the table" in problem for problem in figures.problems(paths["pdf"])] == [True]
+    assert ["not the table" in problem for problem in figures.figure_problems(paths["pdf"])] == [True]
     paths["csv"].unlink()
     kept.unlink()
-    first, second = figures.problems(paths["png"])
+    first, second = figures.figure_problems(paths["png"])
     assert "03_example.csv is missing" in first
     assert f"record {record.key[:12]} is missing" in second
     Image.new("RGB", (2, 2)).save(paths["png"])
-    assert "carries no provenance" in figures.problems(paths["png"])[0]
+    assert "carries no provenance" in figures.figure_problems(paths["png"])[0]
     paths["png"].write_bytes(b"")
-    assert len(figures.problems(paths["png"])) == 1
+    assert len(figures.figure_problems(paths["png"])) == 1
 
 
 def test_a_figure_without_numbers_or_with_a_path_for_a_name_is_refused(project):

@@ -434,7 +434,7 @@ def test_every_prompt_learns_under_every_head(kind: str, method: Method, task: t
     torch.testing.assert_close(fits[1].head_state, alone.head_state, rtol=5e-3, atol=5e-4)
     for fit, evaluation in zip(fits, training.evaluate(fits, task), strict=True):
         x = reference.normalized(backbone, task.test, fit.split.test)
-        loaded = files.load(fit.save(tmp_path / "prompt.safetensors"), backbone)
+        loaded = files.load_prompt(fit.save(tmp_path / "prompt.safetensors"), backbone)
         with torch.no_grad():
             logits = fit.model(x)
             assert torch.equal(loaded(x), logits)
@@ -447,7 +447,7 @@ def test_a_mapping_starts_from_all_training_images_however_they_are_chunked(
     head = heads.LabelMapping(source_classifier(), "frequency")
     maps = []
     for chunk in (64, 7):
-        monkeypatch.setattr(training_cache, "_CHUNK", chunk)
+        monkeypatch.setattr(training_cache, "_IMAGES_AT_ONCE", chunk)
         bundle = training.Bundle(tiny.backbone("resnet"), task, LinearProbe(), BUNDLE[:3:2], RECIPE, head=head)
         maps.append(bundle.heads.map.clone())
     assert torch.equal(*maps)
@@ -748,7 +748,7 @@ def test_the_exported_model_predicts_what_evaluate_counts(family: str, shape: st
     for fit, evaluation in zip(fits, training.evaluate(fits, task), strict=True):
         x = reference.normalized(backbone, task.test, fit.split.test)
         labels = task.test.labels[fit.split.test]
-        loaded = files.load(fit.save(tmp_path / "prompt.safetensors"), backbone)
+        loaded = files.load_prompt(fit.save(tmp_path / "prompt.safetensors"), backbone)
         with torch.no_grad():
             logits = fit.model(x)
             assert torch.equal(loaded(x), logits)

@@ -64,7 +64,7 @@ def start(name: str, num_classes: int = 0, seed: int = 0, **kwargs: Any) -> nn.M
 
 
 def checkpoints(name: str) -> tuple[str, ...]:
-    """Names of a shipped backbone for `load`, in the order of its training, from random weights to the last.
+    """Names of a shipped backbone for `load_backbone`, in the order of its training, from random weights to the last.
 
     ``vit_micro.random`` is the start of training, ``vit_micro.epoch-0008`` what it was eight epochs later (there are
     only those epochs whose weights ship), ``vit_micro`` what became of it.
@@ -82,7 +82,7 @@ def card(name: str) -> dict[str, Any]:
     return json.loads(_shipped(name).with_suffix(".json").read_text("utf-8"))
 
 
-def load(
+def load_backbone(
     name: str,
     *,
     pretrained: bool | str | None = True,
@@ -139,13 +139,13 @@ def load(
 def classifier(
     name: str, *, weights: str | Path | None = None, device: str | torch.device = "auto", **kwargs: Any
 ) -> nn.Linear:
-    """The frozen source classifier that `load` leaves out: on that backbone's features it gives the source logits.
+    """The frozen source classifier that `load_backbone` leaves out: on that backbone's features it gives the source logits.
 
     Args:
-        name: As for `load`.
-        weights: As for `load`; the file must hold the classifier too.
-        device: As for `load`.
-        kwargs: As for `load`; those about images make no difference.
+        name: As for `load_backbone`.
+        weights: As for `load_backbone`; the file must hold the classifier too.
+        device: As for `load_backbone`.
+        kwargs: As for `load_backbone`; those about images make no difference.
 
     Raises:
         ValueError: If the name is unknown, the file has no classifier, or the classifier is not linear in the features.
@@ -166,7 +166,7 @@ def classifier(
         num_classes = timm.get_pretrained_cfg(name).num_classes
     else:
         create(name)  # raises, naming what there is
-    layer = load(name, weights=weights, num_classes=num_classes, device=device, **kwargs).get_classifier()
+    layer = load_backbone(name, weights=weights, num_classes=num_classes, device=device, **kwargs).get_classifier()
     if not isinstance(layer, nn.Linear) and not (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1)):
         raise ValueError(f"the classifier of {name!r} is no linear layer on the pooled features: {layer}")
     weight, bias = layer.weight.flatten(1), layer.bias

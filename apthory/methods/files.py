@@ -1,7 +1,7 @@
 """What a method trained, with its head, in one file: safetensors, the rest in its metadata; never the backbone.
 
 The file says all that is needed to use it: method, sites, class names, image size and normalization, which backbone
-with which weights, and a digest of its own tensors. `load` checks each of these. Files of version 0.1.0 still load.
+with which weights, and a digest of its own tensors. `load_prompt` checks each of these. Files of version 0.1.0 still load.
 """
 
 import hashlib
@@ -84,12 +84,12 @@ def save_model(path: str | Path, model: AdaptedBackbone) -> Path:
     return path
 
 
-def save(path: str | Path, prompt: Prompt, backbone: nn.Module, head: nn.Module | None = None) -> Path:
+def save_prompt(path: str | Path, prompt: Prompt, backbone: nn.Module, head: nn.Module | None = None) -> Path:
     """Write a prompt that was made by hand, and its head; `training.Fit.save` writes what was trained."""
     return save_model(path, AdaptedBackbone(backbone, prompt, head))
 
 
-def load(path: str | Path, backbone: nn.Module) -> AdaptedBackbone:
+def load_prompt(path: str | Path, backbone: nn.Module) -> AdaptedBackbone:
     """Read what was trained back onto the backbone for which it was trained.
 
     Raises:
@@ -217,7 +217,7 @@ def _check_images(path: str | Path, config: Mapping[str, Any], backbone: nn.Modu
 
 
 def _check_source(path: str | Path, source: Source, model: AdaptedBackbone) -> None:
-    """Refuse what `load` could not make again: methods that are not registered, pixel prompts of no method."""
+    """Refuse what `load_prompt` could not make again: methods that are not registered, pixel prompts of no method."""
     if registry.METHODS.get(source.method.name) is not type(source.method):
         raise ValueError(
             f"the method {type(source.method).__name__} is not registered, so {path} could not be loaded; call "
