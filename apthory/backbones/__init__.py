@@ -19,7 +19,7 @@ from apthory.backbones.loading import SHIPPED, card, checkpoints, classifier, cr
 load = load_backbone
 
 __all__ = [
-    "load", "load_backbone", "classifier", "create", "start", "checkpoints", "card", "SHIPPED", "shipped_folder", "weight_file",
-    "freeze", "digest", "architecture", "default_device", "autocast", "is_channels_last", "carried_classifier", "whole",
-    "input_size", "mean_std", "normalize",
+    "load", "load_backbone", "classifier", "create", "start", "checkpoints", "card", "SHIPPED",
+    "shipped_folder", "weight_file", "freeze", "digest", "architecture", "default_device", "autocast",
+    "is_channels_last", "carried_classifier", "whole", "input_size", "mean_std", "normalize",
 ]  # fmt: skip

@@ -139,7 +139,7 @@ def load_backbone(
 def classifier(
     name: str, *, weights: str | Path | None = None, device: str | torch.device = "auto", **kwargs: Any
 ) -> nn.Linear:
-    """The frozen source classifier that `load_backbone` leaves out: on that backbone's features it gives the source logits.
+    """The frozen source classifier that `load_backbone` leaves out: on its features it gives the source logits.
 
     Args:
         name: As for `load_backbone`.

@@ -23,43 +23,6 @@ from apthory._tools.files import write_atomically
 from apthory.lab import records
 
 COLUMN = 5.5  # inches, the text width of a NeurIPS page
-# Okabe and Ito's palette for what is compared most; methods rarely drawn together share a family.
-COLORS = {
-    "ap": "#D55E00",
-    "ap_channel": "#E69F00",
-    "vp": "#0072B2",
-    "norm": "#009E73",
-    "linear_probe": "#000000",
-    "full": "#6B6B6B",
-    "random_prompt": "#CC79A7",
-    "frozen_head": "#56B4E9",
-    "site_probe": "#5B3A8C",
-    "evp": "#3A9BD9",
-    "adavipro": "#003F6B",
-    "bias": "#5DC9A5",
-    "vpt": "#A6761D",
-    "lora": "#882255",
-    "adapter": "#999933",
-    "ssf": "#117733",
-}
-LABELS = {
-    "ap": "activation prompt",
-    "ap_channel": "activation prompt, per channel",
-    "vp": "visual prompt",
-    "norm": "normalization tuning",
-    "linear_probe": "linear probe",
-    "full": "full fine-tuning",
-    "random_prompt": "frozen random prompt",
-    "frozen_head": "prompt, frozen head",
-    "site_probe": "probe on the site's features",
-    "evp": "EVP",
-    "adavipro": "AdaViPro",
-    "bias": "bias tuning",
-    "vpt": "VPT",
-    "lora": "LoRA",
-    "adapter": "adapter",
-    "ssf": "SSF",
-}
 _THEME: dict[Any, Any] = {
     "font.family": "STIXGeneral",  # ships with matplotlib and looks like Times
     "mathtext.fontset": "stix",

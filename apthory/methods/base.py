@@ -26,6 +26,7 @@ class Method:
 
     name: ClassVar[str]  # of the method in `METHODS`, in files and in tables
     label: ClassVar[str]  # the same in words, for figures
+    color: ClassVar[str] = "#999933"  # in figures
 
     def edits(self, backbone: nn.Module) -> Mapping[str, Edit]:
         """New edits for one configuration, by the place where they act."""

@@ -1,7 +1,8 @@
 """What a method trained, with its head, in one file: safetensors, the rest in its metadata; never the backbone.
 
 The file says all that is needed to use it: method, sites, class names, image size and normalization, which backbone
-with which weights, and a digest of its own tensors. `load_prompt` checks each of these. Files of version 0.1.0 still load.
+with which weights, and a digest of its own tensors. `load_prompt` checks each of these. Files of version 0.1.0 still
+load.
 """
 
 import hashlib

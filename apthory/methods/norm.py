@@ -19,6 +19,7 @@ class NormTuning(Method):
 
     name: ClassVar[str] = "norm"
     label: ClassVar[str] = "normalization tuning"
+    color: ClassVar[str] = "#009E73"
     site: str  # block site after which the layers lie
     layers: Literal["block", "all"] = "block"  # those up to the next block site, or all that follow
     parameters: Literal["gamma", "beta", "both"] = "both"

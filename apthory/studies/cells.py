@@ -230,7 +230,7 @@ def table(cells: Iterable[records.Record]) -> pd.DataFrame:
                 {
                     "backbone": config["backbone"]["name"],
                     "task": config["task"],
-                    "method": config["method"]["name"],
+                    "method": record_format.method_name(config["method"]),
                     "site": site,
                     "depth": depth,
                     "seed": seed,

@@ -8,7 +8,7 @@ import pandas as pd
 
 from apthory import selection, training
 from apthory.lab import figures, records
-from apthory.studies import cells, record_format
+from apthory.studies import cells, looks, record_format
 from apthory.theory import tangent
 
 SITE_SEARCH_SOURCES = (selection, tangent)  # their code decides the records, besides a cell's modules
@@ -92,7 +92,7 @@ def draw_ranking(table: pd.DataFrame, score: str, title: str, path: Path) -> Non
     with figures.theme(width=0.7, rows=2):
         figure = figures.Figure()
         ax = figure.subplots()
-        colors = [figures.COLORS["ap" if best else "full"] for best in is_best]
+        colors = [looks.COLORS["ap" if best else "full"] for best in is_best]
         ax.barh(ordered["site"], ordered["score"], color=colors)
         ax.invert_yaxis()
         ax.axvline(0, color="black", lw=0.6)
