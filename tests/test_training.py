@@ -483,7 +483,7 @@ def test_fits_under_different_heads_are_not_evaluated_together(task: tasks.Task)
     ]
     for other in (fits[1], fits[2]):
         with pytest.raises(ValueError, match="differ in backbone, method, head, recipe or test part"):
-            training.evaluate(task, [fits[0], other])
+            training.evaluate([fits[0], other], task)
 
 
 # ---------------------------------------------------------------------------------- choice and test part

@@ -116,9 +116,9 @@ class PreparedBackbone:
         for place, stack in self.stacks.items():
             stack.load([part.get(place, {}) for part in parts])
 
-    def prompt_norm(self, activations: Callable[[], Sequence[Tensor]]) -> tuple[float, float]:
-        """Norm of the first configuration's prompt and mean norm of what it is added to; 0 and 1 without a prompt."""
-        norms = (stack.prompt_norm(0, activations) for stack in self.stacks.values())
+    def prompt_norm(self, configuration: int, activations: Callable[[], Sequence[Tensor]]) -> tuple[float, float]:
+        """Norm of a configuration's prompt and mean norm of what it is added to; 0 and 1 without a prompt."""
+        norms = (stack.prompt_norm(configuration, activations) for stack in self.stacks.values())
         return next((pair for pair in norms if pair is not None), (0.0, 1.0))
 
     @property

@@ -434,14 +434,10 @@ def _order(indices: Int64[Tensor, " image"], seed: int, epoch: int) -> Int64[Ten
 
 def _prompt_norms(bundle: Bundle, states: Sequence[dict[str, Tensor]]) -> list[tuple[float, float]]:
     """Of each configuration: norm of what its prompt adds, and mean norm of what it is added to."""
-    prepared = bundle.method.build(bundle.backbone, 1)
-    prepared.suffix.to(bundle.device)
-    norms = []
-    for k, state in enumerate(states):
-        prepared.load([state])
-        with backbones.autocast(bundle.backbone, bundle.recipe.precision):
-            norms.append(prepared.prompt_norm(partial(bundle.source, bundle.splits[k].train[:NUM_CALIBRATION])))
-    return norms
+    bundle.prepared.load(states)
+    some_of = [partial(bundle.source, split.train[:NUM_CALIBRATION]) for split in bundle.splits]
+    with backbones.autocast(bundle.backbone, bundle.recipe.precision):
+        return [bundle.prepared.prompt_norm(k, activations) for k, activations in enumerate(some_of)]
 
 
 def _repeat(z: Tensor, num: int) -> Tensor:
