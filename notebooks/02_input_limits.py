@@ -102,7 +102,7 @@ with figures.theme(width=1.0, rows=1.1):
     figure, axes = plt.subplots(1, 2, width_ratios=[1.25, 1])
     labels = [name.removesuffix("_224").replace("_patch", "/").replace("_", " ") for name in rank_table.index]
     axes[0].barh(labels, rank_table["dim"], color="none", edgecolor="black", lw=0.7, label="channels")
-    axes[0].barh(labels, rank_table["rank"], color=looks.COLORS["vp"], height=0.5, label="rank: in reach")
+    axes[0].barh(labels, rank_table["rank"], color=looks.COLORS["input_prompt"], height=0.5, label="rank: in reach")
     for row, (rank, dim) in enumerate(zip(rank_table["rank"], rank_table["dim"], strict=True)):
         axes[0].text(dim + 15, row, f"{rank} of {dim}", va="center", fontsize=7)
     axes[0].set(xlabel="dimensions of a patch token", xlim=(0, 1330), title="reach of an input prompt")
@@ -249,7 +249,7 @@ cost_table = pd.DataFrame(cost_rows)
 pairs = (("counted", "formula"), ("counted_cached", "formula_cached"))
 cost_table["difference"] = np.max([(cost_table[c] / cost_table[f] - 1).abs() for c, f in pairs], axis=0)
 
-NETWORKS = {"vit_micro": looks.COLORS["ap"], "resnet_micro": looks.COLORS["vp"]}
+NETWORKS = {"vit_micro": looks.COLORS["ap"], "resnet_micro": looks.COLORS["input_prompt"]}
 with figures.theme(width=0.75, rows=1.15):
     figure, ax = plt.subplots()
     for name, part in cost_table.groupby("backbone", sort=False):
@@ -295,9 +295,9 @@ by_task = universality.groupby(
     ["backbone", "network", "prompt", "task", "site", "depth"], sort=False, as_index=False
 )["universality"].mean()  # fmt: skip
 LINES = {
-    ("trained", "trained"): ("o-", looks.COLORS["vp"], "trained prompt"),
+    ("trained", "trained"): ("o-", looks.COLORS["input_prompt"], "trained prompt"),
     ("trained", "random"): ("s-", looks.COLORS["random_prompt"], "random prompt"),
-    ("shuffled", "trained"): ("o:", looks.COLORS["vp"], "trained prompt, shuffled weights"),
+    ("shuffled", "trained"): ("o:", looks.COLORS["input_prompt"], "trained prompt, shuffled weights"),
     ("shuffled", "random"): ("s:", looks.COLORS["random_prompt"], "random prompt, shuffled weights"),
 }
 with figures.theme(width=1.0, rows=1.35):

@@ -85,7 +85,7 @@ profiles = pd.DataFrame(
     for row in record["sites"]
 )
 models = list(dict.fromkeys(ap["backbone"]))
-COLORS = dict(zip(models, (looks.COLORS[name] for name in ("vp", "ap", "norm")), strict=False))
+COLORS = dict(zip(models, (looks.COLORS[name] for name in ("input_prompt", "ap", "norm")), strict=False))
 whole_image = profiles["size"].map(lambda side: np.sqrt((side**2 - 1) / 6))  # radius of a field that is uniform
 profiles["radius"] /= whole_image
 METRICS = {  # column and sign
@@ -256,7 +256,9 @@ with figures.theme(width=1.0, rows=1.3):
     learned, control = (by_block[by_block["network"] == network] for network in ("trained", "shuffled"))
     left.plot(learned["block"], learned["distance"], "o-", color=looks.COLORS["ap"], label="class token left out")
     label = "class token at distance zero"
-    left.plot(learned["block"], learned["distance_with_class_token"], "s-", color=looks.COLORS["vp"], label=label)
+    left.plot(
+        learned["block"], learned["distance_with_class_token"], "s-", color=looks.COLORS["input_prompt"], label=label
+    )
     left.plot(control["block"], control["distance"], "--", color=looks.COLORS["full"], label="random weights")
     left.axhline(learned["uniform"].iloc[0], color="black", lw=0.6, ls=":", label="uniform attention")
     left.set(xlabel="block", ylabel="attention distance (patches)")

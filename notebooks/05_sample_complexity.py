@@ -63,7 +63,7 @@ from apthory.studies import looks, sample_complexity
 from apthory.theory import growth, reach, simulation
 
 STEP = 0.52  # eta; with the constants of Problem no number of visits is a tie
-WIDE, NARROW, MIDDLE = looks.COLORS["ap"], looks.COLORS["vp"], looks.COLORS["norm"]
+WIDE, NARROW, MIDDLE = looks.COLORS["ap"], looks.COLORS["input_prompt"], looks.COLORS["norm"]
 
 
 def fetch(function, **config):

@@ -246,7 +246,8 @@ print(estimates.groupby("backbone", sort=False)[["K by windows", "K by coherence
 with figures.theme(width=1.0, rows=1.35):
     figure, (left, right) = plt.subplots(1, 2)
     marks = {
-        backbone: (looks.COLORS[c], m) for backbone, c, m in zip(models, ("vp", "ap", "norm"), "osd", strict=False)
+        backbone: (looks.COLORS[c], m)
+        for backbone, c, m in zip(models, ("input_prompt", "ap", "norm"), "osd", strict=False)
     }
     for (backbone, _), rows in table.sort_values("depth").groupby(["backbone", "task"], sort=False):
         left.plot(rows["depth"], rows["coherence"], color=marks[backbone][0], lw=0.7, alpha=0.8)

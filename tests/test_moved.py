@@ -16,7 +16,7 @@ NAMES = {  # what users of the old modules imported from them
     "figures": "theme", "global_study": "measure_profile", "input_study": "measure_rank", "layers": "score",
     "limits": "universality", "mask_study": "measure_masks", "metric_bench": "PEER", "notebooks": "Judge",
     "pixel_bench": "race_words", "pixel_study": "run_shifted", "pixel_suites": "WIDTHS", "pixels": "Layout",
-    "profiles": "layer_profile", "progress": "progress", "prompts": "save", "ranking": "rank_sites",
+    "profiles": "layer_profile", "progress": "progress", "prompts": "save_prompt", "ranking": "rank_sites",
     "records": "write_atomically", "regions": "MaskGenerator", "stage_study": "with_stage", "statistics": "Estimate",
     "sweeps": "fetch_study", "theory.study": "measure_counts", "tracing": "UntraceableError",
 }  # fmt: skip

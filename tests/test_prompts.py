@@ -179,7 +179,7 @@ def test_a_file_is_kilobytes_and_holds_no_weight_of_the_backbone(tmp_path: Path)
         "backbone": "vit_micro",
         "digest": backbones.digest(backbone),
     }
-    assert config == files.describe(path)
+    assert config == files.describe_file(path)
     assert [file.name for file in tmp_path.iterdir()] == ["prompt.safetensors"]
 
 
@@ -224,8 +224,8 @@ def test_a_wrong_shape_or_site_is_refused(saved: Path):
         options = json.loads(file.metadata()["apthory"])["options"]
     other = tensors | {f"{place}.values": torch.zeros(3, 32)}
     with pytest.raises(ValueError, match=r"p.safetensors does not fit 'tiny_vit' .*it may be damaged: save it anew"):
-        files.load_prompt(rewrite(saved, other, tensors_sha256=files._digest(other)), backbone)
-    rewrite(saved, tensors, tensors_sha256=files._digest(tensors))
+        files.load_prompt(rewrite(saved, other, tensors_sha256=files._tensors_digest(other)), backbone)
+    rewrite(saved, tensors, tensors_sha256=files._tensors_digest(tensors))
     with pytest.raises(ValueError, match=r"no module 'blocks.9'"):
         files.load_prompt(rewrite(saved, options=options | {"site": "blocks.9:input"}), backbone)
 
@@ -259,7 +259,7 @@ def test_a_renamed_head_is_refused_instead_of_lost(saved: Path):
     with pytest.raises(ValueError, match=r"its tensors are not those that were saved"):
         files.load_prompt(rewrite(saved, tensors), tiny.backbone("vit"))
     with pytest.raises(ValueError, match=r"a head of the kind 'linear' has the tensors .*, and there are \[\]"):
-        files.load_prompt(rewrite(saved, tensors, tensors_sha256=files._digest(tensors)), tiny.backbone("vit"))
+        files.load_prompt(rewrite(saved, tensors, tensors_sha256=files._tensors_digest(tensors)), tiny.backbone("vit"))
 
 
 def test_a_flipped_bit_is_refused(saved: Path):
@@ -283,7 +283,7 @@ def test_values_that_are_not_finite_are_neither_saved_nor_loaded(value: float, s
     with safe_open(saved, "pt") as file:
         tensors = {name: torch.full_like(file.get_tensor(name), value) for name in file.keys()}  # noqa: SIM118
     with pytest.raises(ValueError, match=r"is damaged: .* has values that are not finite"):
-        files.load_prompt(rewrite(saved, tensors, tensors_sha256=files._digest(tensors)), backbone)
+        files.load_prompt(rewrite(saved, tensors, tensors_sha256=files._tensors_digest(tensors)), backbone)
 
 
 def test_metadata_that_are_no_json_are_refused(tmp_path: Path):

@@ -83,7 +83,7 @@ def test_a_norm_layer_lies_between_the_ends_of_its_block():
 
 def test_the_paper_suite_names_networks_that_exist():
     for spec in layers.WIDE:
-        model = backbones.create(**cells._architecture(spec))
+        model = backbones.create(**cells._architecture_of(spec))
         assert len(sites.list_sites(model)) > 10
 
 
@@ -144,7 +144,7 @@ def test_named_studies_hold_every_block_site_of_the_shipped_backbones(suite: str
 
 
 def test_an_unknown_method_lists_those_there_are():
-    with pytest.raises(ValueError, match="no method 'prompt'; expected vp, ap, frozen_head, norm, linear_probe"):
+    with pytest.raises(ValueError, match="no method 'prompt'; expected ap, norm, .*, frozen_head, site_probe, full"):
         record_format.method_of({"name": "prompt"})
 
 

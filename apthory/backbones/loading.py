@@ -37,7 +37,7 @@ def create(name: str, num_classes: int = 0, **kwargs: Any) -> nn.Module:
         kwargs: Passed on to timm, for instance ``pad_type="same"``, or to open_clip.
     """
     if name.startswith(clip_towers.PREFIX):
-        return clip_towers.create(name, num_classes, **kwargs)
+        return clip_towers.create_tower(name, num_classes, **kwargs)
     family, _ = _split(name)
     if family == "vit_micro":
         shape = {"img_size": 64, "patch_size": 8, "embed_dim": 128, "depth": 8, "num_heads": 4, **kwargs}
@@ -119,7 +119,7 @@ def load_backbone(
     """
     place = default_device() if device == "auto" else device
     if name.startswith(clip_towers.PREFIX):
-        model = clip_towers.load(name, pretrained, weights, num_classes, input_size, place, **kwargs)
+        model = clip_towers.load_tower(name, pretrained, weights, num_classes, input_size, place, **kwargs)
     elif isinstance(pretrained, str):
         raise ValueError(
             f"pretrained is {pretrained!r}, expected True or False for {name!r}; name timm's weights after a dot, as "

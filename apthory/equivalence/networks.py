@@ -229,7 +229,7 @@ class PromptedNetwork:
         self,
         delta: Tensor | None = None,
         parameters: Mapping[str, Tensor] | None = None,
-        edits: Mapping[str, sites.Edit] | None = None,
+        edits: Mapping[str, sites.EditFunction] | None = None,
     ) -> Tensor:
         """Features with a prompt, with some parameters replaced, and with edits after the prompt."""
         prompt = {} if delta is None else {self.site: lambda z: z + delta}
@@ -279,7 +279,7 @@ class PromptedNetwork:
         """Layers with a bias, and normalization layers, as they are called; the site is the empty name."""
         called: list[str] = []
 
-        def note(name: str) -> sites.Edit:
+        def note(name: str) -> sites.EditFunction:
             def edit(z: Tensor) -> Tensor:
                 called.append(name)
                 return z

@@ -74,7 +74,7 @@ def versioned(version: int, *, name: str) -> Callable[[_Function], _Function]:
     """
 
     def mark(function: _Function) -> _Function:
-        registry.register(name, function)
+        registry.register_function(name, function)
         function.version, function.recorded_as = version, name  # type: ignore[attr-defined]
         return function
 

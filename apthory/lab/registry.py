@@ -41,7 +41,7 @@ PLACES = {  # name in records -> "module:function"
 _loaded: dict[str, Callable] = {}
 
 
-def register(name: str, function: Callable) -> None:
+def register_function(name: str, function: Callable) -> None:
     """Let records of this name be those of the function.
 
     Raises:

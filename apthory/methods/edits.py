@@ -130,7 +130,7 @@ class Stack(nn.Module):
     def edit(self, configuration: int) -> Edit:
         """The edit of one configuration, as a module of its own."""
         edit = copy.deepcopy(self.template).to(self._device())
-        _fill(edit, self.stacked, configuration)
+        _copy_values(edit, self.stacked, configuration)
         return edit
 
     def start(self, generators: Sequence[torch.Generator]) -> None:
@@ -198,7 +198,7 @@ class Stack(nn.Module):
         """Let each configuration's edit do something to itself; plain attributes come to lie in the template."""
         for k in reversed(range(self.num)):
             edit = copy.deepcopy(self.template) if k else self.template
-            _fill(edit.to(self._device()), self.stacked, k)
+            _copy_values(edit.to(self._device()), self.stacked, k)
             call(edit, k)
             self.put(k, edit)
 
@@ -394,7 +394,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _fill(edit: Edit, stacked: nn.Module, configuration: int) -> None:
+def _copy_values(edit: Edit, stacked: nn.Module, configuration: int) -> None:
     values = _tensors(stacked)
     for name, tensor in _tensors(edit).items():
         tensor.copy_(values[name][configuration])

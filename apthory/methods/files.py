@@ -22,7 +22,7 @@ from apthory._tools.files import write_atomically
 from apthory.heads import CosineHead
 from apthory.methods import registry
 from apthory.methods.activation import ActivationPrompt, prompt_shape
-from apthory.methods.adapted import AdaptedBackbone, Prompt, Source, adapt
+from apthory.methods.adapted import Adaptation, AdaptedBackbone, Prompt, adapt
 from apthory.methods.pixels.overlay import Overlay, PixelPrompt
 
 _FORMAT = "apthory.adapted/2"
@@ -78,7 +78,7 @@ def save_model(path: str | Path, model: AdaptedBackbone) -> Path:
         "transform": model.transform,
         "backbone": backbones.architecture(backbone),
         "digest": backbones.digest(backbone),
-        "tensors_sha256": _digest(tensors),
+        "tensors_sha256": _tensors_digest(tensors),
     }
     path = Path(path)
     write_atomically(path, serialize(tensors, {"apthory": json.dumps(config)}))
@@ -110,7 +110,7 @@ def load_prompt(path: str | Path, backbone: nn.Module) -> AdaptedBackbone:
     state = _part(tensors, "edits.")
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in config["options"].items()}
     try:
-        method = registry.find(config["method"])(**options)
+        method = registry.find_method(config["method"])(**options)
         model = adapt(backbone, method, state, head, classes=config["classes"], transform=config["transform"])
     except (TypeError, KeyError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
@@ -118,7 +118,7 @@ def load_prompt(path: str | Path, backbone: nn.Module) -> AdaptedBackbone:
     return model
 
 
-def describe(path: str | Path) -> dict[str, Any]:
+def describe_file(path: str | Path) -> dict[str, Any]:
     """What a file says of itself: its metadata, without the backbone."""
     return _read(path)[0]
 
@@ -148,7 +148,7 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name, kind in (_FIELDS if version == _FORMAT else old).items():
         if not isinstance(config.get(name), kind):
             raise ValueError(f"{path} is damaged: its {name} is {config.get(name)!r}, and should be a {kind.__name__}")
-    if version == _FORMAT and config["tensors_sha256"] != _digest(tensors):
+    if version == _FORMAT and config["tensors_sha256"] != _tensors_digest(tensors):
         raise ValueError(
             f"{path} is damaged: its tensors are not those that were saved; save it anew, or copy it again"
         )
@@ -217,7 +217,7 @@ def _check_images(path: str | Path, config: Mapping[str, Any], backbone: nn.Modu
             )
 
 
-def _check_source(path: str | Path, source: Source, model: AdaptedBackbone) -> None:
+def _check_source(path: str | Path, source: Adaptation, model: AdaptedBackbone) -> None:
     """Refuse what `load_prompt` could not make again: methods that are not registered, pixel prompts of no method."""
     if registry.METHODS.get(source.method.name) is not type(source.method):
         raise ValueError(
@@ -231,7 +231,7 @@ def _check_source(path: str | Path, source: Source, model: AdaptedBackbone) -> N
             raise ValueError(f"no method makes a prompt of the layout {model.edits[0].layout}; {path} was not written")
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def _tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, types, shapes and values."""
     total = hashlib.sha256()
     for name in sorted(tensors):

@@ -16,7 +16,7 @@ def register(method: type[Method]) -> type[Method]:
     return method
 
 
-def find(name: str) -> type[Method]:
+def find_method(name: str) -> type[Method]:
     """The method of a name.
 
     Raises:

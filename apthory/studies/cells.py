@@ -136,7 +136,7 @@ def _recorded(
 
 def _digests(model: nn.Module, task: tasks.Task) -> dict[str, Any]:
     """What a record's key takes besides the configuration."""
-    return {"data": task.digest, "weights": record_format.digest(model)}
+    return {"data": task.digest, "weights": record_format.weights_digest(model)}
 
 
 @records.versioned(1, name="apthory.sweeps.run_cell")
@@ -185,10 +185,10 @@ def run_cell(
             head=spec,
         )
         evaluations = training.evaluate(fits, data)
-    return {**describe(data, fits, evaluations), "bundle_seconds": time.perf_counter() - started}
+    return {**cell_values(data, fits, evaluations), "bundle_seconds": time.perf_counter() - started}
 
 
-def describe(
+def cell_values(
     data: tasks.Task, fits: Sequence[training.Fit], evaluations: Sequence[training.Evaluation]
 ) -> dict[str, Any]:
     """What the record of a cell holds, besides its time."""
@@ -318,26 +318,20 @@ def _task(name: str, size: int) -> tasks.Task:
     return tasks.load(name, size)
 
 
-@lru_cache
 def _site_depth(spec: str, site: str) -> float:
     if site == ":output":
         return 1.0
-    blocks = _places(spec, "block")
-    if site not in blocks:  # a norm layer: as far between its block's ends as its rank among the block's norms says
-        places = _places(spec, "all")
-        bounds = [index for index, name in enumerate(places) if name in blocks]
-        position = float(np.interp(places.index(site), bounds, range(len(bounds))))
-    else:
-        position = blocks.index(site)
-    return position / (len(blocks) - 1)
+    blocks = _site_depths(spec, "block")
+    return blocks[site] if site in blocks else _site_depths(spec, "all")[site]
 
 
 @lru_cache
-def _places(spec: str, kind: Literal["block", "all"]) -> tuple[str, ...]:
-    """Sites of a backbone, which need no weights."""
-    return tuple(sites.list_sites(backbones.create(**_architecture(json.loads(spec))), kind))
+def _site_depths(spec: str, kind: Literal["block", "all"]) -> dict[str, float]:
+    """Depths of a backbone's sites, which need no weights."""
+    untrained = backbones.create(**_architecture_of(json.loads(spec)))
+    return {site.name: site.depth for site in sites.describe(untrained, kind)}
 
 
-def _architecture(spec: Mapping[str, Any]) -> dict[str, Any]:
+def _architecture_of(spec: Mapping[str, Any]) -> dict[str, Any]:
     data = ("weights", "pretrained", "input_size", "mean", "std", "device")
     return {key: value for key, value in spec.items() if key not in data}

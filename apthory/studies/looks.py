@@ -4,7 +4,7 @@ from apthory.methods import METHODS
 
 # The table's name of a method at a certain place, with another head, or under the name that its records have.
 _VARIANTS = {
-    "input_prompt": ("input prompt", "#17A2B8"),  # on the whole normalized image, from zero
+    "input_prompt": ("input prompt", "#0072B2"),  # on the whole normalized image, from zero
     "ap_channel": ("activation prompt, per channel", "#E69F00"),
     "evp_on_top": ("EVP, on top", "#117733"),
     "full": ("full fine-tuning", "#6B6B6B"),

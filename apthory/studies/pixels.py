@@ -188,7 +188,7 @@ def run_shifted(
     fits = training.tune(
         model, data, record_format.method_of(method), recipe=how, learning_rates=learning_rates, seeds=seeds, head=spec
     )
-    values = cells.describe(data, fits, training.evaluate(fits, data))
+    values = cells.cell_values(data, fits, training.evaluate(fits, data))
     tested = []
     for shift in shifts:
         other = _domain(task, size, shift["domain"]) if "domain" in shift else data
@@ -201,7 +201,7 @@ def run_shifted(
         whole_test = replace(fits[0].split, test=torch.arange(len(images)))
         there_fits = [replace(trained, split=whole_test) for trained in fits]
         shifted = training.evaluate(there_fits, replace(data, test=images))
-        there = cells.describe(data, fits, shifted)
+        there = cells.cell_values(data, fits, shifted)
         labels = {name: shift.get(name, "") for name in ("domain", "corruption", "strength")}
         tested.append({**labels, "num_test": len(images), **{key: there[key] for key in ("accuracy", "correct")}})
     return {**values, "shifts": tested, "bundle_seconds": time.perf_counter() - started}

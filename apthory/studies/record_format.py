@@ -103,7 +103,7 @@ def weights(digest: str) -> str:
     return _RECORDED_DIGESTS.get(digest, digest)
 
 
-def digest(backbone: nn.Module) -> str:
+def weights_digest(backbone: nn.Module) -> str:
     """The digest by which records name a backbone's weights: of an image tower that of its whole CLIP."""
     return weights(backbones.digest(backbones.whole(backbone)))
 

@@ -25,7 +25,7 @@ class VP(Method):
 
     name: ClassVar[str] = "vp"
     label: ClassVar[str] = "VP (frame)"
-    color: ClassVar[str] = "#0072B2"
+    color: ClassVar[str] = "#A6761D"
     width: int | None = None  # pixels on each side, or side of a patch; None: 30 of 224, scaled to the input
     place: Place = "frame"  # a patch lies in the upper left corner, a random one elsewhere at each step
     normalized: bool = True  # added after normalization; otherwise to pixels in [0, 1]
