@@ -15,9 +15,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from apthory.backbones import classifier as load_classifier
-    from apthory.backbones import load as load_backbone
-    from apthory.backbones import normalize
-    from apthory.clip import load as load_clip
+    from apthory.backbones import load_backbone, normalize
+    from apthory.clip import load_clip
     from apthory.equivalence import diagnose, fold
     from apthory.heads import LabelMapping, LinearHead, TextHead
     from apthory.methods import (
@@ -34,12 +33,11 @@ if TYPE_CHECKING:
         Method,
         NormTuning,
     )
-    from apthory.methods.files import load as load_prompt
-    from apthory.methods.files import save as save_prompt
+    from apthory.methods.files import load_prompt, save_prompt
     from apthory.metrics import layer_profile
     from apthory.selection import find_site, rank_sites
     from apthory.sites import capture, edited, list_sites, resolve, split
-    from apthory.tasks import load as load_task
+    from apthory.tasks import load_task
     from apthory.training import Configuration, FrozenHead, Recipe, evaluate, fit, predict, tune
 else:  # the same names, each from its module when it is first used: torch and timm take seconds to import
     from importlib import import_module
@@ -72,14 +70,7 @@ else:  # the same names, each from its module when it is first used: torch and t
         "tasks": ("load_task",),
         "training": ("Configuration", "FrozenHead", "Recipe", "evaluate", "fit", "predict", "tune"),
     }
-    _DEFINED_AS = {
-        "load_backbone": "load",
-        "load_classifier": "classifier",
-        "load_clip": "load",
-        "load_prompt": "load",
-        "load_task": "load",
-        "save_prompt": "save",
-    }
+    _DEFINED_AS = {"load_classifier": "classifier"}
     _OTHERS = ("benchmarks", "costs", "lab", "pretraining", "studies", "theory")  # reached by their names alone
     moved.install()
 

@@ -166,7 +166,7 @@ def sweep(
         os.environ["APTHORY_WEIGHTS"] = weights
     with cells.processes(workers) if workers > 1 else nullcontext() as pool:
         for one in chosen.values():
-            result = catalogue.run(one, records.folder(suite), pool)
+            result = catalogue.run_study(one, records.folder(suite), pool)
             named = [column for column in ("part", "backbone", "method", "arm", "site") if column in result]
             typer.echo(result.groupby(named, sort=False)["accuracy"].mean().round(1).to_string())
 
@@ -211,7 +211,7 @@ def layers(
             f"{order}: {cost['examples']} images, {cost['flops'] / 1e9:.0f} GFLOP, {cost['seconds']:.1f} seconds"
         )
     path = Path(output or f"layers_{backbone.replace('/', '_')}.png")
-    site_search.draw(table, score, f"{backbone} on {images.name}", path)
+    site_search.draw_ranking(table, score, f"{backbone} on {images.name}", path)
     typer.echo(f"drawn in {path}")
     typer.echo(f"prompt {table['site'][0]}")
 
@@ -244,13 +244,14 @@ def fit(
 ) -> None:
     """Train a prompt, or another method, on your images; then test it once, on all test images."""
     name = _task_name(data, task)
-    from apthory import backbones, methods, sites, tasks, training
+    from apthory import backbones, sites, tasks, training
     from apthory._tools.files import check_output
+    from apthory.methods import registry
 
     check_output(output, ".safetensors", overwrite=force)
     options = dict(_parse_parameter(text, "--option") for text in option or []) | ({"site": site} if site else {})
-    lacks_site = "site" in methods.registry.needed(methods.registry.find(method)) and "site" not in options
-    chosen = None if lacks_site else methods.registry.make(method, options)
+    needed = registry.required_fields(registry.find_method(method))
+    chosen = None if "site" in needed and "site" not in options else registry.make_method(method, options)
     recipe = training.Recipe(
         num_epochs=epochs,
         batch_size=batch_size,
@@ -307,9 +308,9 @@ def predict(
 
     if output is not None:
         check_output(output, ".csv")
-    own = files.load_backbone(prompt, name=backbone or None, weights=weights or None, size=size or None)
+    own = files.find_backbone(prompt, name=backbone or None, weights=weights or None, size=size or None)
     with _plain_warnings(is_silent=True):  # what cannot be read is said below
-        table = training.predict(files.load(prompt, own), images, batch_size=batch_size)
+        table = training.predict(files.load_prompt(prompt, own), images, batch_size=batch_size)
     content = table.to_csv(index=False, float_format="%.6f").encode("utf-8", "surrogateescape")
     if output is None:
         typer.echo(content, nl=False)
@@ -371,7 +372,7 @@ def ship(
     from apthory.pretraining import cards
 
     for path in cards.ship(files):
-        card = cards.read(path)
+        card = cards.read_card(path)
         typer.echo(f"{path.name}: top-1 {card['test']['top1']:.2%} on {card['test']['images']:,} test images")
 
 
@@ -384,9 +385,9 @@ def bench(
     """Race the cached sweep against a frozen loop and the customary one, on three backbones at 64 pixels."""
     from apthory.benchmarks import prefix_cache
 
-    for record in prefix_cache.run(suite, epochs, only):
+    for record in prefix_cache.run_prefix_cache(suite, epochs, only):
         typer.echo(record["device"])
-        typer.echo(prefix_cache.summarize(record).round(2).to_string())
+        typer.echo(prefix_cache.summarize_prefix_cache(record).round(2).to_string())
 
 
 @app.command()
@@ -398,9 +399,9 @@ def bench_pixels(
     """Time steps of VP, EVP and AdaViPro beside bare passes; a label mapping and CLIP's text features beside a run."""
     from apthory.benchmarks import pixels
 
-    for record in pixels.run(suite, epochs, repeats):
+    for record in pixels.run_pixels(suite, epochs, repeats):
         typer.echo(record["device"])
-        typer.echo(pixels.summarize(record).round(3).to_string())
+        typer.echo(pixels.summarize_pixels(record).round(3).to_string())
 
 
 @app.command()
@@ -414,9 +415,9 @@ def bench_metrics(
     """Race CKA against torch-cka, and attention distance against a forward pass and loops."""
     from apthory.benchmarks import metrics
 
-    record = metrics.run(suite, backbone, images, batch, repeats)
+    record = metrics.run_metrics(suite, backbone, images, batch, repeats)
     typer.echo(record["device"])
-    typer.echo(metrics.summarize(record).to_string(float_format="{:.4g}".format))
+    typer.echo(metrics.summarize_metrics(record).to_string(float_format="{:.4g}".format))
 
 
 def _task_name(data: str, task: str) -> str:
@@ -493,7 +494,7 @@ def _check_figure(path: Path) -> list[str]:
         typer.echo(_describe(figures.provenance(path)))
     except (OSError, ValueError) as error:
         return [str(error)]
-    return figures.problems(path)
+    return figures.figure_problems(path)
 
 
 def _describe(note: dict[str, Any]) -> str:

@@ -32,7 +32,7 @@ EVP_NAMES = {str(number): word for number, word in enumerate(NUMBERS)} | {
     "Residential": "Residential Buildings",
     "SeaLake": "Sea & Lake",
 }
-_CHUNK = 64  # images or texts that a tower sees at once
+_TOWER_BATCH = 64  # images or texts that a tower sees at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ class CLIP:
     def text_features(self, texts: Sequence[str]) -> Float[Tensor, "text width"]:
         """The text tower's features, of unit length."""
         tokens = self.tokenize(list(texts)).to(next(self.model.parameters()).device)
-        parts = [self.model.encode_text(chunk).float() for chunk in tokens.split(_CHUNK)]
+        parts = [self.model.encode_text(chunk).float() for chunk in tokens.split(_TOWER_BATCH)]
         return functional.normalize(torch.cat(parts), dim=1)
 
     def text_head(
@@ -102,7 +102,7 @@ class CLIP:
         cosines = CosineHead(head.features, head.scale).to(next(self.image.parameters()).device)
         correct = []
         test = task.split(0, recipe.num_train, recipe.num_validation, recipe.num_test).test  # no seed changes it
-        for chunk in test.split(_CHUNK):
+        for chunk in test.split(_TOWER_BATCH):
             with backbones.autocast(self.image, recipe.precision):
                 features = self.image(backbones.normalize(self.image, task.test[chunk]))
             correct.append(cosines(features).argmax(1).cpu() == task.test.labels[chunk])
@@ -110,7 +110,7 @@ class CLIP:
         return training.Evaluation.of(table, task.test.labels[test], len(task.classes))
 
 
-def load(
+def load_clip(
     name: str = "ViT-B-32",
     pretrained: str | None = "openai",
     *,

@@ -99,10 +99,10 @@ def interleaved_seconds(
 
 def device_name(device: torch.device | str) -> str:
     """The hardware behind a timing, in words."""
-    found = environment()
+    machine = environment()
     if torch.device(device).type == "cuda":
-        return str(found["gpu"])
-    return f"{found['processor']}, {found['threads']} threads"
+        return str(machine["gpu"])
+    return f"{machine['processor']}, {machine['threads']} threads"
 
 
 class _LiveStorages(TorchDispatchMode):

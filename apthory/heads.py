@@ -13,8 +13,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-_CHUNK = 4096  # features whose predictions are counted at once
-_BEHIND = 1e-3  # by so much is a logit less than that of an earlier class with the same source
+_PREDICTIONS_AT_ONCE = 4096  # features whose predictions are counted at once
+_BEHIND = 1e-3  # how much a class's logit is lowered for each earlier class with the same source
 
 
 class Heads(nn.Module):
@@ -207,7 +207,7 @@ class MappedHeads(Heads):
 
     def _count(self, features: Float[Tensor, "stack width"], labels: Int64[Tensor, "num image"]) -> None:
         """Add up how often each class of the task is predicted as each class of the classifier."""
-        chunks = features.float().split(_CHUNK)
+        chunks = features.float().split(_PREDICTIONS_AT_ONCE)
         predicted = torch.cat([functional.linear(chunk, self.weight, self.bias).argmax(1) for chunk in chunks])
         owner = torch.arange(len(labels), device=predicted.device).repeat_interleave(labels.shape[1])
         self.counts.index_put_((owner, labels.flatten(), predicted), torch.ones_like(predicted), accumulate=True)
@@ -226,16 +226,16 @@ def assign(counts: Int64[Tensor, "num class source"], assignment: Assignment) ->
     if assignment == "mode":
         return counts.argmax(2)
     num, num_classes, _ = counts.shape
-    counts, every = counts.clone(), torch.arange(num, device=counts.device)
+    counts, configurations = counts.clone(), torch.arange(num, device=counts.device)
     chosen = counts.new_empty(num, num_classes)
     for step in range(num_classes):
         if assignment == "ordered":
-            label, source = torch.full_like(every, step), counts[:, step].argmax(1)
+            label, source = torch.full_like(configurations, step), counts[:, step].argmax(1)
         else:
             label, source = torch.unravel_index(counts.flatten(1).argmax(1), counts.shape[1:])
-        chosen[every, label] = source
-        counts[every, label] = -1  # both are taken
-        counts[every, :, source] = -1
+        chosen[configurations, label] = source
+        counts[configurations, label] = -1  # both are taken
+        counts[configurations, :, source] = -1
     return chosen
 
 
@@ -272,7 +272,7 @@ class CosineHead(nn.Module):
         self.scale = nn.Parameter(torch.tensor(scale), requires_grad=False)
 
     def forward(self, features: Float[Tensor, "batch width"]) -> Float[Tensor, "batch class"]:
-        return self.scale * _cosines(features, self.weight)
+        return self.scale * _class_cosines(features, self.weight)
 
 
 class TextHeads(Heads):
@@ -287,7 +287,7 @@ class TextHeads(Heads):
         self.register_buffer("scale", head.scale.detach(), persistent=False)
 
     def forward(self, features: Float[Tensor, "stack width"]) -> Float[Tensor, "num batch class"]:
-        return (self.scale * _cosines(features, self.weight)).unflatten(0, (self.num, -1))
+        return (self.scale * _class_cosines(features, self.weight)).unflatten(0, (self.num, -1))
 
     def export(self, index: int) -> CosineHead:
         return CosineHead(self.weight, float(self.scale))
@@ -296,7 +296,7 @@ class TextHeads(Heads):
 HeadSpec = LinearHead | LabelMapping | TextHead
 
 
-def _cosines(
+def _class_cosines(
     features: Float[Tensor, "batch width"], directions: Float[Tensor, "class width"]
 ) -> Float[Tensor, "batch class"]:
     return functional.linear(functional.normalize(features.float(), dim=1), directions)

@@ -10,8 +10,8 @@
 # # A frozen backbone is prompted in five lines, and the prompt is a file of a few kilobytes
 #
 # An *activation prompt* is one perturbation $\delta$, the same for every image, added to one intermediate activation
-# of a frozen network: $z \mapsto z + \delta$. At the input it is a visual prompt. Only $\delta$ and a linear head are
-# trained; the backbone never changes.
+# of a frozen network: $z \mapsto z + \delta$. At the input it is a prompt on the image. Only $\delta$ and a linear
+# head are trained; the backbone never changes.
 
 # %% tags=["parameters"]
 suite: str = "embedded"  # where the figures go: embedded, small or paper
@@ -31,6 +31,7 @@ import torch
 import apthory as ap
 from apthory import backbones
 from apthory.lab import claims, figures
+from apthory.studies import looks
 
 # %% [markdown]
 # ## Five lines
@@ -39,16 +40,16 @@ from apthory.lab import claims, figures
 backbone = ap.load_backbone(backbone_name)
 task = ap.load_task(task_name, size=64)
 method = ap.ActivationPrompting(site=ap.list_sites(backbone)[3])
-[fit] = ap.fit(backbone, task, method, [ap.Configuration(learning_rate=4e-3, seed=seed)])
-[evaluation] = ap.evaluate(task, [fit])
+fit = ap.fit(backbone, task, method, ap.Configuration(learning_rate=4e-3, seed=seed))
+evaluation = ap.evaluate(fit, task)
 
 # %% [markdown]
 # The site is a place between two blocks; `list_sites` names them all. The head alone, on the same split, is the
 # yardstick.
 
 # %%
-[probe] = ap.fit(backbone, task, ap.LinearProbe(), [ap.Configuration(learning_rate=4e-3, seed=seed)])
-[probe_evaluation] = ap.evaluate(task, [probe])
+probe = ap.fit(backbone, task, ap.LinearProbe(), ap.Configuration(learning_rate=4e-3, seed=seed))
+probe_evaluation = ap.evaluate(probe, task)
 pd.DataFrame(
     {
         "site": [fit.method.site, probe.method.site],
@@ -81,7 +82,7 @@ with figures.theme(width=0.75):
     epochs = np.arange(1, len(fit.validation_curve) + 1)
     for label, one, style in (("prompt", fit, "-"), ("linear probe", probe, "--")):
         key = "ap" if label == "prompt" else "linear_probe"
-        axes[2].plot(epochs, one.validation_curve, style, color=figures.COLORS[key], label=label)
+        axes[2].plot(epochs, one.validation_curve, style, color=looks.COLORS[key], label=label)
     axes[2].set(xlabel="epoch", ylabel="validation accuracy (%)", title="training")
     axes[2].legend()
     table = pd.concat(

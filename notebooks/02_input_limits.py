@@ -28,7 +28,7 @@ from apthory import backbones, equivalence, metrics, sites, training
 from apthory.costs import attention_flops, step_flops
 from apthory.lab import claims, figures, intervals, records
 from apthory.studies import costs as cost_study
-from apthory.studies import input_limits
+from apthory.studies import input_limits, looks
 
 task_list = [name.strip() for name in task_names.split(",")]
 recipe = {"num_epochs": 5, "num_train": 128, "num_validation": 64, "num_test": 72}
@@ -72,7 +72,7 @@ rank_table["sigma ratio"] = rank_table["smallest"] / rank_table["largest"]
 rank_table.drop(columns=["largest", "smallest", "tolerance"]).round(4)
 
 # %% [markdown]
-# Elsewhere the statement does not hold: there is no fixed shift of the tokens, and `equivalence.reach` says why.
+# Elsewhere the statement does not hold: there is no fixed shift of the tokens, and `equivalence.input_span` says why.
 
 # %%
 for record in ranks.values():
@@ -102,7 +102,7 @@ with figures.theme(width=1.0, rows=1.1):
     figure, axes = plt.subplots(1, 2, width_ratios=[1.25, 1])
     labels = [name.removesuffix("_224").replace("_patch", "/").replace("_", " ") for name in rank_table.index]
     axes[0].barh(labels, rank_table["dim"], color="none", edgecolor="black", lw=0.7, label="channels")
-    axes[0].barh(labels, rank_table["rank"], color=figures.COLORS["vp"], height=0.5, label="rank: in reach")
+    axes[0].barh(labels, rank_table["rank"], color=looks.COLORS["input_prompt"], height=0.5, label="rank: in reach")
     for row, (rank, dim) in enumerate(zip(rank_table["rank"], rank_table["dim"], strict=True)):
         axes[0].text(dim + 15, row, f"{rank} of {dim}", va="center", fontsize=7)
     axes[0].set(xlabel="dimensions of a patch token", xlim=(0, 1330), title="reach of an input prompt")
@@ -111,7 +111,7 @@ with figures.theme(width=1.0, rows=1.1):
         for offset, name, color in ((-0.12, "residual", "ap"), (0.12, "random_residual", "random_prompt")):
             label = {"residual": "trained", "random_residual": "random"}[name] if column == 0 else None
             spread = column + offset + np.linspace(-0.05, 0.05, len(part))
-            axes[1].plot(spread, part[name], "o", color=figures.COLORS[color], label=label)
+            axes[1].plot(spread, part[name], "o", color=looks.COLORS[color], label=label)
     axes[1].axhline(np.sqrt(1 / 65), color="black", lw=0.6, ls=":", label=r"$\sqrt{1/65}$")
     axes[1].set_xticks([0, 1], ["full prompt", "channel prompt"])
     axes[1].set(ylabel="share of norm out of reach", title="prompts at vit_micro's first block")
@@ -176,7 +176,7 @@ pictures = {
     "p = 16, frame of 30 px": (224, 30, 16),
     "p = 32, frame of 30 px": (224, 30, 32),
 }
-KINDS = {0: ("image", "#DDDDDD"), 1: ("mixed", figures.COLORS["ap_channel"]), 2: ("prompt", figures.COLORS["evp"])}
+KINDS = {0: ("image", "#DDDDDD"), 1: ("mixed", looks.COLORS["ap_channel"]), 2: ("prompt", looks.COLORS["evp"])}
 with figures.theme(width=0.9, rows=1.05):
     figure, axes = plt.subplots(1, 3)
     rows = []
@@ -203,7 +203,7 @@ with figures.theme(width=0.9, rows=1.05):
 # Let $F$ be the FLOPs of a forward pass, $S$ those after the site, $A$ and $A_S$ those of the products of two
 # activations inside attention, whose backward pass needs both factors' gradients. With frozen weights a step costs
 #
-# - a visual prompt $2F + A$,
+# - a prompt at the input $2F + A$,
 # - an activation prompt $F + S + A_S$,
 # - the same with the prefix's result kept $2S + A_S$,
 #
@@ -249,7 +249,7 @@ cost_table = pd.DataFrame(cost_rows)
 pairs = (("counted", "formula"), ("counted_cached", "formula_cached"))
 cost_table["difference"] = np.max([(cost_table[c] / cost_table[f] - 1).abs() for c, f in pairs], axis=0)
 
-NETWORKS = {"vit_micro": figures.COLORS["ap"], "resnet_micro": figures.COLORS["vp"]}
+NETWORKS = {"vit_micro": looks.COLORS["ap"], "resnet_micro": looks.COLORS["input_prompt"]}
 with figures.theme(width=0.75, rows=1.15):
     figure, ax = plt.subplots()
     for name, part in cost_table.groupby("backbone", sort=False):
@@ -295,10 +295,10 @@ by_task = universality.groupby(
     ["backbone", "network", "prompt", "task", "site", "depth"], sort=False, as_index=False
 )["universality"].mean()  # fmt: skip
 LINES = {
-    ("trained", "trained"): ("o-", figures.COLORS["vp"], "trained prompt"),
-    ("trained", "random"): ("s-", figures.COLORS["random_prompt"], "random prompt"),
-    ("shuffled", "trained"): ("o:", figures.COLORS["vp"], "trained prompt, shuffled weights"),
-    ("shuffled", "random"): ("s:", figures.COLORS["random_prompt"], "random prompt, shuffled weights"),
+    ("trained", "trained"): ("o-", looks.COLORS["input_prompt"], "trained prompt"),
+    ("trained", "random"): ("s-", looks.COLORS["random_prompt"], "random prompt"),
+    ("shuffled", "trained"): ("o:", looks.COLORS["input_prompt"], "trained prompt, shuffled weights"),
+    ("shuffled", "random"): ("s:", looks.COLORS["random_prompt"], "random prompt, shuffled weights"),
 }
 with figures.theme(width=1.0, rows=1.35):
     figure, axes = plt.subplots(1, 2, sharey=True)
@@ -313,7 +313,7 @@ with figures.theme(width=1.0, rows=1.35):
             )
             for _, part in rows.groupby("task"):
                 ax.plot(part["depth"], part["universality"], style[1:], color=color, lw=0.5, alpha=0.5)
-        ax.axhline(1, color=figures.COLORS["ap"], lw=0.8, label="prompt placed at the site")
+        ax.axhline(1, color=looks.COLORS["ap"], lw=0.8, label="prompt placed at the site")
         ax.set(title=name, xlabel="depth of the site (0: input, 1: last)", ylim=(-0.05, 1.08))
     axes[0].set_ylabel(r"universality $u_l$ of an input prompt")
     handles, labels = axes[0].get_legend_handles_labels()

@@ -12,7 +12,7 @@
 # So says the paper on activation prompts, for a ResNet-101 and a ViT-L/16. Here the claim is put to smaller networks,
 # with the controls that its reviewers asked for. At places between two blocks of a frozen backbone we train
 #
-# - an **activation prompt** and a head (at the input: a **visual prompt**);
+# - an **activation prompt** and a head (at the input it is the **input prompt**: on the whole image, from zero);
 # - a head over a **frozen random prompt** of the trained prompt's norm;
 # - a **linear probe** on the final features, and one on **the site's own features** (averaged over positions);
 # - **normalization tuning**: gamma and beta of the norm layers between this place and the next;
@@ -35,7 +35,7 @@ import pandas as pd
 import seaborn as sns
 
 from apthory.lab import claims, figures, intervals, records
-from apthory.studies import cells, layers
+from apthory.studies import cells, layers, looks
 
 studies = layers.find_studies(suite, study_names)
 with cells.processes(num_processes) as pool:
@@ -74,7 +74,7 @@ def gains(rows):
 
 
 gain_table = gains(table)
-gain_table["method"] = gain_table["method"].replace("vp", "ap")  # at depth 0 the activation prompt is the visual prompt
+gain_table["method"] = gain_table["method"].replace("input_prompt", "ap")  # the activation prompt at depth 0
 by_site = gain_table[gain_table["method"] != "linear_probe"]
 
 summary = []
@@ -94,12 +94,12 @@ with figures.theme(width=1.0, rows=1.35):
     for ax, backbone in zip(axes[0], backbones, strict=True):
         for method in METHODS:
             rows = summary[(summary["backbone"] == backbone) & (summary["method"] == method)].sort_values("depth")
-            color = figures.COLORS[method]
+            color = looks.COLORS[method]
             line = LINES[method] if len(rows) > 2 else LINES[method][0]  # no line between two far sites
-            ax.plot(rows["depth"], rows["value"], line, color=color, label=figures.LABELS[method], ms=3)
+            ax.plot(rows["depth"], rows["value"], line, color=color, label=looks.LABELS[method], ms=3)
             if rows["has_band"].any():
                 ax.fill_between(rows["depth"], rows["low"], rows["high"], color=color, alpha=0.15, lw=0)
-        ax.axhline(0, color=figures.COLORS["linear_probe"], lw=0.8, label=figures.LABELS["linear_probe"])
+        ax.axhline(0, color=looks.COLORS["linear_probe"], lw=0.8, label=looks.LABELS["linear_probe"])
         ax.set(title=backbone, xlabel="depth of the site (0: input, 1: last)")
     axes[0, 0].set_ylim(bottom=min(-6.0, lowest - 2))  # at the end: it fixes the top of all panels
     axes[0, 0].set_ylabel("accuracy minus\nlinear probe (points)")
@@ -153,10 +153,10 @@ with figures.theme(width=1.0, rows=1.4):
 #
 # Each statistic and its threshold were fixed in `claims.toml` before any run. "At its best layer" means the site that
 # validation data chose for each task. The input is left out of the statistics over depth, since a prompt there is the
-# visual prompt. The last site of a ResNet is followed by average pooling alone: there a prompt is a shift that the
-# head's bias can absorb, so its gain is that of a linear probe by construction, which pulls the deep end down; at the
-# last site of a ViT only the class token's share of a prompt is read. The statistics were fixed with these sites in;
-# the last table tells what they are without them.
+# input prompt, which the paper calls visual prompting. The last site of a ResNet is followed by average pooling alone:
+# there a prompt is a shift that the head's bias can absorb, so its gain is that of a linear probe by construction,
+# which pulls the deep end down; at the last site of a ViT only the class token's share of a prompt is read. The
+# statistics were fixed with these sites in; the last table tells what they are without them.
 
 # %%
 judge = claims.Judge(suite)
@@ -174,11 +174,11 @@ for backbone in backbones:
     ap, probe = methods["ap"], methods["linear_probe"]
     best = cells.best_sites(ap)
 
-    if "vp" in methods:
-        vp, full = methods["vp"], methods["full"]
-        judge_rows("AP-1.full", intervals.paired_difference(vp, full), vp, full)
-        judge_rows("AP-1.linear", intervals.paired_difference(vp, probe), vp, probe)
-        judge_rows("AP-2.sign", intervals.paired_difference(best, vp), best, vp)
+    if "input_prompt" in methods:
+        at_input, full = methods["input_prompt"], methods["full"]
+        judge_rows("AP-1.full", intervals.paired_difference(at_input, full), at_input, full)
+        judge_rows("AP-1.linear", intervals.paired_difference(at_input, probe), at_input, probe)
+        judge_rows("AP-2.sign", intervals.paired_difference(best, at_input), best, at_input)
 
     claim = "AP-5b" if backbone.startswith("vit") else "AP-5a"
     place = ["task", "site", "seed"]

@@ -40,7 +40,7 @@ import pandas as pd
 from apthory import backbones
 from apthory._tools.progress import progress
 from apthory.lab import claims, figures, intervals, records
-from apthory.studies import cells, global_features, layers
+from apthory.studies import cells, global_features, layers, looks
 
 folder = records.folder(suite)
 studies = layers.find_studies(suite)
@@ -54,7 +54,7 @@ networks = [("trained", 0), *(("shuffled", seed) for seed in range(num_controls)
 runs, wanted = [], {"measure_profile": [], "measure_attention": [], "measure_similarity": []}
 digest = backbones.digest(backbones.load(**VIT))
 for study in studies.values():
-    prompts = [cell for cell in layers.configurations(study) if cell["method"]["name"] == "ap"]
+    prompts = [cell for cell in layers.layer_cells(study) if cell["method"]["name"] == "ap"]
     runs += cells.fetch_all(prompts, folder)
     for (name, _), several in itertools.groupby(prompts, lambda cell: (cell["backbone"]["name"], cell["task"])):
         first = next(several)
@@ -70,7 +70,7 @@ for study in studies.values():
             wanted["measure_similarity"].append({**place, **config})
 measured = {
     name: [
-        cells.fetch(config, folder, getattr(global_features, name), global_features.SOURCES)
+        cells.fetch_cell(config, folder, getattr(global_features, name), global_features.GLOBAL_FEATURE_SOURCES)
         for config in progress(configs, desc=name.removeprefix("measure_"))
     ]
     for name, configs in wanted.items()
@@ -85,7 +85,7 @@ profiles = pd.DataFrame(
     for row in record["sites"]
 )
 models = list(dict.fromkeys(ap["backbone"]))
-COLORS = dict(zip(models, (figures.COLORS[name] for name in ("vp", "ap", "norm")), strict=False))
+COLORS = dict(zip(models, (looks.COLORS[name] for name in ("input_prompt", "ap", "norm")), strict=False))
 whole_image = profiles["size"].map(lambda side: np.sqrt((side**2 - 1) / 6))  # radius of a field that is uniform
 profiles["radius"] /= whole_image
 METRICS = {  # column and sign
@@ -227,8 +227,8 @@ with figures.theme(width=1.0, rows=1.35):
         for of, shift, color, mark in (("trained", -0.14, "ap", "o"), ("random weights", 0.14, "full", "s")):
             rows = numbers[(numbers["backbone"] == backbone) & (numbers["of"] == of)]
             place = [order.index(metric) + shift * (metric in METRICS) for metric in rows["metric"]]
-            ax.hlines(place, rows["low"].clip(-1, 1), rows["high"].clip(-1, 1), color=figures.COLORS[color], lw=1.2)
-            ax.scatter(rows["value"], place, color=figures.COLORS[color], s=10, marker=mark, zorder=3, label=of)
+            ax.hlines(place, rows["low"].clip(-1, 1), rows["high"].clip(-1, 1), color=looks.COLORS[color], lw=1.2)
+            ax.scatter(rows["value"], place, color=looks.COLORS[color], s=10, marker=mark, zorder=3, label=of)
         ax.axvline(0, color="black", lw=0.6)
         ax.set(title=backbone, xlabel="Spearman with accuracy", xlim=(-1.05, 1.05))
     axes[0, 0].set_yticks(range(len(order)), order)
@@ -254,15 +254,17 @@ by_block = attended.groupby(["backbone", "network", "block"], sort=False, as_ind
 with figures.theme(width=1.0, rows=1.3):
     figure, (left, right) = plt.subplots(1, 2)
     learned, control = (by_block[by_block["network"] == network] for network in ("trained", "shuffled"))
-    left.plot(learned["block"], learned["distance"], "o-", color=figures.COLORS["ap"], label="class token left out")
+    left.plot(learned["block"], learned["distance"], "o-", color=looks.COLORS["ap"], label="class token left out")
     label = "class token at distance zero"
-    left.plot(learned["block"], learned["distance_with_class_token"], "s-", color=figures.COLORS["vp"], label=label)
-    left.plot(control["block"], control["distance"], "--", color=figures.COLORS["full"], label="random weights")
+    left.plot(
+        learned["block"], learned["distance_with_class_token"], "s-", color=looks.COLORS["input_prompt"], label=label
+    )
+    left.plot(control["block"], control["distance"], "--", color=looks.COLORS["full"], label="random weights")
     left.axhline(learned["uniform"].iloc[0], color="black", lw=0.6, ls=":", label="uniform attention")
     left.set(xlabel="block", ylabel="attention distance (patches)")
     for queries, color, mark in (("patches", "ap", "o"), ("class_token", "full", "d")):
         name = f"{queries.replace('_', ' ')} attending uniformly"
-        right.plot(learned["block"], learned[queries], f"{mark}-", color=figures.COLORS[color], label=name)
+        right.plot(learned["block"], learned[queries], f"{mark}-", color=looks.COLORS[color], label=name)
     right.set(xlabel="block", ylabel="change of the features\n(share of their spread)", ylim=(0, None))
     for ax in (left, right):
         ax.locator_params(axis="x", integer=True)

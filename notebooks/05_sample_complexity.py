@@ -59,11 +59,11 @@ from scipy import stats
 
 from apthory.lab import claims, figures, records
 from apthory.lab.intervals import Estimate
-from apthory.studies import sample_complexity
+from apthory.studies import looks, sample_complexity
 from apthory.theory import growth, reach, simulation
 
 STEP = 0.52  # eta; with the constants of Problem no number of visits is a tie
-WIDE, NARROW, MIDDLE = figures.COLORS["ap"], figures.COLORS["vp"], figures.COLORS["norm"]
+WIDE, NARROW, MIDDLE = looks.COLORS["ap"], looks.COLORS["input_prompt"], looks.COLORS["norm"]
 
 
 def fetch(function, **config):
@@ -114,7 +114,7 @@ fixed_table["distance"] = (fixed_table["error"] - fixed_table["exact"]) / fixed_
 with figures.theme(width=1.0, rows=1.1):
     figure, axes = plt.subplots(1, 2)
     samples = np.geomspace(1, 1000, 200)
-    for width, color in zip((1, 4, 16, 64), (NARROW, MIDDLE, figures.COLORS["random_prompt"], WIDE), strict=True):
+    for width, color in zip((1, 4, 16, 64), (NARROW, MIDDLE, looks.COLORS["random_prompt"], WIDE), strict=True):
         axes[0].plot(samples, 100 * reach.error_left(samples, 64, width), color=color, label=f"reach {width}")
         part = fixed_table[fixed_table["reach"] == width]
         axes[0].errorbar(
@@ -269,8 +269,8 @@ with figures.theme(width=1.0, rows=1.15):
 RULES = {
     "sgd": (STEP, "SGD, one step for all", "-", NARROW),
     "normalized": (STEP, "normalized steps", "--", MIDDLE),
-    "sign": (STEP, "sign steps", "-.", figures.COLORS["random_prompt"]),
-    "safe": (1.0, "SGD, largest safe step", ":", figures.COLORS["full"]),
+    "sign": (STEP, "sign steps", "-.", looks.COLORS["random_prompt"]),
+    "safe": (1.0, "SGD, largest safe step", ":", looks.COLORS["full"]),
 }
 by_rule = {
     rule: fetch(

@@ -11,7 +11,7 @@
 #
 # Three prompts on pixels, each with a head, beside an activation prompt inside the network:
 #
-# - **VP**: a frame laid on the image;
+# - **VP**: a frame laid on the image, which starts from noise;
 # - **EVP**: the image is shrunk, the frame lies around it; flips and crops, gradients divided by their norm;
 # - **AdaViPro**: a frame that each image has only in some regions, which a small network picks by their edges;
 # - **AP**: a prompt at the site that validation images choose.
@@ -32,18 +32,18 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from apthory.lab import claims, figures, intervals, records
-from apthory.studies import cells, pixel_grids
+from apthory.studies import cells, looks, pixel_grids
 from apthory.studies import pixels as pixel_study
 
 folder = records.folder(suite)
-studies = [study for name, study in pixel_grids.STUDIES[suite].items() if name.startswith("pixels")]
-table = pd.concat([pixel_study.run_study(study, folder) for study in studies], ignore_index=True)
+studies = [study for name, study in pixel_grids.PIXEL_STUDIES[suite].items() if name.startswith("pixels")]
+table = pd.concat([pixel_study.run_pixel_study(study, folder) for study in studies], ignore_index=True)
 made_from = list(table["key"].unique())
 own = table[table["shift"] == ""]
 methods = own[own["part"] == "methods"]
 best_ap = cells.best(methods[methods["arm"] == "ap"], "site")
 backbones = list(methods["backbone"].unique())
-LABELS = figures.LABELS | {"vp": "VP", "ap": "AP, best site"}
+LABELS = looks.LABELS | {"ap": "AP, best site"}
 
 
 def rows(part, arm, backbone=None, head=None):
@@ -95,9 +95,9 @@ with figures.theme(width=1.0, rows=1.5):
             if several.empty:
                 continue  # mapping was not asked of this backbone
             values = several["accuracy"]
-            filled = "white" if label.startswith("mapped") else figures.COLORS[color]
-            ax.plot(values, [place] * len(values), "|", ms=6, color=figures.COLORS[color], mew=0.8)
-            ax.plot(values[several["in_mean"]].mean(), place, "o", ms=5, color=figures.COLORS[color], mfc=filled)
+            filled = "white" if label.startswith("mapped") else looks.COLORS[color]
+            ax.plot(values, [place] * len(values), "|", ms=6, color=looks.COLORS[color], mew=0.8)
+            ax.plot(values[several["in_mean"]].mean(), place, "o", ms=5, color=looks.COLORS[color], mfc=filled)
         ax.set(title=backbone, xlabel="test accuracy (%)", yticks=range(len(NAMED)), yticklabels=list(NAMED))
         ax.grid(axis="y", lw=0.3)
     axes[0, 0].invert_yaxis()
@@ -164,7 +164,7 @@ def over_widths(part, family, probe):
 
 PANELS = {
     "widths": {"vp": ("vp", "o-", "VP"), "adavipro": ("adavipro", "s-", "AdaViPro")},
-    "placement": {"around": ("evp", "o-", "EVP, around a shrunk image"), "on top": ("ssf", "^-", "EVP, on top")},
+    "placement": {"around": ("evp", "o-", "EVP, around a shrunk image"), "on top": ("evp_on_top", "^-", "EVP, on top")},
 }
 wide = own[own["part"] == "widths"]["backbone"].iloc[0]
 side_tasks = set(own[own["part"] == "widths"]["task"])
@@ -181,10 +181,10 @@ with figures.theme(width=1.0, rows=1.4):
             aside = line["width"] + 2 * place - 1  # or intervals would hide each other
             reach = [line["value"] - line["low"], line["high"] - line["value"]] if len(side_tasks) > 3 else None
             ax.errorbar(
-                aside, line["value"], yerr=reach, fmt=style, color=figures.COLORS[color], elinewidth=0.8, label=label
+                aside, line["value"], yerr=reach, fmt=style, color=looks.COLORS[color], elinewidth=0.8, label=label
             )
-        ax.axhline(0, color=figures.COLORS["linear_probe"], lw=0.8, label=LABELS["linear_probe"])
-        ax.axhline(gaps(inside, probe)["value"], color=figures.COLORS["ap"], lw=0.8, ls="--", label=LABELS["ap"])
+        ax.axhline(0, color=looks.COLORS["linear_probe"], lw=0.8, label=LABELS["linear_probe"])
+        ax.axhline(gaps(inside, probe)["value"], color=looks.COLORS["ap"], lw=0.8, ls="--", label=LABELS["ap"])
         ax.set(xlabel="width of the frame (pixels of 224)", xlim=(0, 116))
         lines, names = ax.get_legend_handles_labels()
         entries |= dict(zip(names, lines, strict=True))
@@ -239,7 +239,7 @@ ablations = pd.DataFrame(
 with figures.theme(width=0.75, rows=0.8 + 0.1 * len(ablations)):
     figure, ax = plt.subplots()
     for place, row in enumerate(ablations.itertuples()):
-        draw_gap(ax, row, place, figures.COLORS[row.of])
+        draw_gap(ax, row, place, looks.COLORS[row.of])
     labels = [f"{LABELS[row.of]}: {row.change}" for row in ablations.itertuples()]
     ax.axvline(0, color="black", lw=0.6)
     ax.set(xlabel="test accuracy minus the default's (points)", ylim=(len(labels) - 0.5, -0.5))
@@ -274,10 +274,10 @@ with figures.theme(width=0.6, rows=1.3):
     names = list(scales["images"].unique())
     for row in scales.itertuples():
         place = names.index(row.images) + (0.1 if row.arm == "evp" else -0.1)
-        draw_gap(ax, row, place, figures.COLORS[row.arm], vertical=True)
+        draw_gap(ax, row, place, looks.COLORS[row.arm], vertical=True)
     for arm in ("vp", "evp"):
-        ax.plot([], [], lw=3, color=figures.COLORS[arm], label=LABELS[arm])
-    ax.axhline(0, color=figures.COLORS["linear_probe"], lw=0.8, label=LABELS["linear_probe"])
+        ax.plot([], [], lw=3, color=looks.COLORS[arm], label=LABELS[arm])
+    ax.axhline(0, color=looks.COLORS["linear_probe"], lw=0.8, label=LABELS["linear_probe"])
     ax.set(ylabel="accuracy minus the\nlinear probe's (points)", xlabel="training images")
     ax.set(title=scales["backbone"].iloc[0], xlim=(-0.5, len(names) - 0.5))
     ax.set_xticks(range(len(names)), names)
@@ -302,8 +302,8 @@ with figures.theme(width=min(1.0, 0.45 + 0.2 * (len(panels) - 1)), rows=1.4):
             aside = 0.07 * (place - (len(arms) - 1) / 2)  # or equal values would hide each other
             kind = line[line["shift"] != ""]["accuracy"]
             means = [line[line["shift"] == ""]["accuracy"].mean(), kind.mean()]
-            ax.plot([aside, 1 + aside], means, "o-", color=figures.COLORS[arm], lw=0.6, label=LABELS[arm])
-            ax.plot([1 + aside] * len(kind), kind, "_", color=figures.COLORS[arm], ms=3, mew=0.7)
+            ax.plot([aside, 1 + aside], means, "o-", color=looks.COLORS[arm], lw=0.6, label=LABELS[arm])
+            ax.plot([1 + aside] * len(kind), kind, "_", color=looks.COLORS[arm], ms=3, mew=0.7)
         ax.set_xticks([0, 1], ["as\ntrained", kinds[part].replace(" ", "\n") + "\n" * (" " not in kinds[part])])
         ax.set(title=backbone, xlim=(-0.3, 1.3))
     axes[0, 0].plot([], [], "_", color="black", ms=5, label="one kind of images")
@@ -343,7 +343,7 @@ mapped.groupby(["backbone", "part", "arm", "head"], sort=False).agg(
 # clip` left.
 
 # %%
-in_clip = pixel_study.recorded(pixel_grids.STUDIES[suite].get("clip", {}), folder)
+in_clip = pixel_study.recorded(pixel_grids.PIXEL_STUDIES[suite].get("clip", {}), folder)
 if in_clip is None:
     print(f"The {suite} suite has no records of CLIP; its claims are not judged here.")
 else:

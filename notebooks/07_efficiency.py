@@ -25,6 +25,7 @@ import pandas as pd
 from apthory import training
 from apthory.lab import claims, figures, intervals, records
 from apthory.studies import costs as cost_study
+from apthory.studies import looks
 
 batch_size = batch_size or (64 if suite == "paper" else 32)
 if suite == "paper":  # the shapes of the paper, with random weights: costs do not depend on them
@@ -107,7 +108,9 @@ def default_site(record):
 
 
 by_method = [measure(cost_study.measure_methods, r.config["backbone"], site=default_site(r)) for r in measured]
-NAMES = {"linear": "linear probe", "ap": "AP", "vp": "VP", "norm": "norm tuning", "full": "full"}
+# Under the names that these records have; their "vp" is the prompt on the whole image.
+KINDS = {"linear": "linear_probe", "ap": "ap", "vp": "input_prompt", "norm": "norm", "full": "full"}
+NAMES = {name: looks.LABELS[kind] for name, kind in KINDS.items()}
 rows = []
 for record in by_method:
     for row in record["methods"]:
@@ -140,7 +143,7 @@ with figures.theme(width=1.0, rows=2):
 # %% [markdown]
 # ## Judgement
 #
-# The paper's figures compare a prompt at its default site with a visual prompt, as above. The ratio's
+# The paper's figures compare a prompt at its default site with one at the input, as above. The ratio's
 # interval is a bootstrap over timings taken in turns. No cache is used: this is the comparison that the paper makes. At
 # inference both prompts run the same network, so a throughput ratio of one is what to expect, and noise decides on
 # which side of it the timings fall.
@@ -150,13 +153,13 @@ judge = claims.Judge(suite)
 for record in measured:
     backbone = record.config["backbone"]["name"]
     places = record["sites"]
-    vp = places[0]
+    at_input = places[0]
     ap = next(row for row in places if row["site"] == default_site(record))
-    # Throughput is images a second: the ratio of AP to VP is that of their times upside down.
+    # Throughput is images a second: the ratio of the two is that of their times upside down.
     ratios = {
-        "AP-3.time": intervals.ratio(ap["step_seconds"], vp["step_seconds"]),
-        "AP-3.memory": ap["step_bytes"] / vp["step_bytes"],
-        "AP-3.throughput": intervals.ratio(vp["inference_seconds"], ap["inference_seconds"]),
+        "AP-3.time": intervals.ratio(ap["step_seconds"], at_input["step_seconds"]),
+        "AP-3.memory": ap["step_bytes"] / at_input["step_bytes"],
+        "AP-3.throughput": intervals.ratio(at_input["inference_seconds"], ap["inference_seconds"]),
     }
     if backbone == "resnet101":
         ratios |= {"AP-3.size_time": ratios["AP-3.time"], "AP-3.size_memory": ratios["AP-3.memory"]}

@@ -52,7 +52,7 @@ import seaborn as sns
 
 from apthory import backbones, selection, sites
 from apthory.lab import claims, figures, intervals, records
-from apthory.studies import cells, layers, record_format, site_search
+from apthory.studies import cells, layers, looks, record_format, site_search
 
 folder = records.folder(suite)
 studies = layers.find_studies(suite)
@@ -63,7 +63,7 @@ FINDING = ("cifar10", "caltech101", "pacs", "sign_digits")  # and these tasks of
 
 trained, scored, searched = [], [], []
 for study in studies.values():
-    prompts = [cell for cell in layers.configurations(study) if cell["method"]["name"] == "ap"]
+    prompts = [cell for cell in layers.layer_cells(study) if cell["method"]["name"] == "ap"]
     trained += cells.fetch_all(prompts, folder)
     recipe = record_format.recipe(study.protocol.recipe)
     for _, several in itertools.groupby(prompts, lambda cell: (cell["backbone"]["name"], cell["task"])):
@@ -72,10 +72,10 @@ for study in studies.values():
         where["places"] = [cell["method"]["site"] for cell in several]
         examples = {"num_examples": recipe["num_train"], "num_validation": recipe["num_validation"], "seed": 0}
         config = {**where, **examples, "num_second_order": num_second_order}
-        scored.append(cells.fetch(config, folder, site_search.score, site_search.SOURCES))
+        scored.append(cells.fetch_cell(config, folder, site_search.score, site_search.SITE_SEARCH_SOURCES))
         rates = list(study.protocol.learning_rates)
         config = {**where, "recipe": recipe, "learning_rates": rates, "budget": budget, "score": "found", "seed": 0}
-        searched.append(cells.fetch(config, folder, site_search.search, site_search.SOURCES))
+        searched.append(cells.fetch_cell(config, folder, site_search.search, site_search.SITE_SEARCH_SOURCES))
 
 # %%
 ap = cells.table(trained)
@@ -181,16 +181,16 @@ with figures.theme(width=1.0, rows=1.35):
         own = numbers[numbers["backbone"] == backbone]
         place = np.arange(len(own))
         low, high = own["low"].clip(-1, 1), own["high"].clip(-1, 1)  # a correlation lies between -1 and 1
-        colors = [figures.COLORS["ap" if score in selection.SCORES else "full"] for score in own["score"]]
+        colors = [looks.COLORS["ap" if score in selection.SCORES else "full"] for score in own["score"]]
         ax.hlines(place, low, high, color=colors, lw=1.2)
         ax.scatter(own["value"], place, color=colors, s=10, zorder=3)
         ax.axvline(0, color="black", lw=0.6)
-        ax.axvline(0.8, color=figures.COLORS["norm"], lw=0.8, ls="--")
+        ax.axvline(0.8, color=looks.COLORS["norm"], lw=0.8, ls="--")
         ax.set(title=backbone, xlabel="Spearman with accuracy", xlim=(-1.05, 1.05))
     axes[0, 0].set_yticks(range(len(shown)), shown)
     axes[0, 0].invert_yaxis()
-    handles = [plt.Line2D([], [], color=figures.COLORS[kind], marker="o", lw=1.2) for kind in ("ap", "full")]
-    handles.append(plt.Line2D([], [], color=figures.COLORS["norm"], ls="--", lw=0.8))
+    handles = [plt.Line2D([], [], color=looks.COLORS[kind], marker="o", lw=1.2) for kind in ("ap", "full")]
+    handles.append(plt.Line2D([], [], color=looks.COLORS["norm"], ls="--", lw=0.8))
     figure.legend(handles, ["score", "reference", "aim: 0.8"], loc="outside lower center", ncols=3)
     figures.save(figure, "08_spearman", [*trained, *scored], numbers, suite=suite)
 
@@ -246,7 +246,8 @@ print(estimates.groupby("backbone", sort=False)[["K by windows", "K by coherence
 with figures.theme(width=1.0, rows=1.35):
     figure, (left, right) = plt.subplots(1, 2)
     marks = {
-        backbone: (figures.COLORS[c], m) for backbone, c, m in zip(models, ("vp", "ap", "norm"), "osd", strict=False)
+        backbone: (looks.COLORS[c], m)
+        for backbone, c, m in zip(models, ("input_prompt", "ap", "norm"), "osd", strict=False)
     }
     for (backbone, _), rows in table.sort_values("depth").groupby(["backbone", "task"], sort=False):
         left.plot(rows["depth"], rows["coherence"], color=marks[backbone][0], lw=0.7, alpha=0.8)
@@ -349,15 +350,15 @@ with figures.theme(width=1.0, rows=1.35):
         errors = [own["value"] - own["low"], own["high"] - own["value"]]
         errors = None if suite == "embedded" else errors  # two tasks: wider than the figure, they are in the CSV
         is_ours = own["choice"].isin(["gain", "found", "search"])
-        colors = np.where(is_ours, figures.COLORS["ap"], figures.COLORS["full"])
+        colors = np.where(is_ours, looks.COLORS["ap"], looks.COLORS["full"])
         ax.bar(own["choice"], own["value"], yerr=errors, color=colors, error_kw={"lw": 0.8}, width=0.65)
-        ax.axhline(1, color=figures.COLORS["norm"], lw=0.8, ls="--")
+        ax.axhline(1, color=looks.COLORS["norm"], lw=0.8, ls="--")
         ax.axhline(0, color="black", lw=0.6)
         ax.set(title=backbone)
         ax.tick_params(axis="x", rotation=35)
     axes[0, 0].set_ylabel("below the exhaustive\nsweep's choice (points)")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=figures.COLORS[kind]) for kind in ("ap", "full")]
-    handles.append(plt.Line2D([], [], color=figures.COLORS["norm"], ls="--", lw=0.8))
+    handles = [plt.Rectangle((0, 0), 1, 1, color=looks.COLORS[kind]) for kind in ("ap", "full")]
+    handles.append(plt.Line2D([], [], color=looks.COLORS["norm"], ls="--", lw=0.8))
     figure.legend(handles, ["ours", "for comparison", "aim: 1 point"], loc="outside lower center", ncols=3)
     figures.save(figure, "08_points_lost", [*trained, *scored, *searched], lost, suite=suite)
 

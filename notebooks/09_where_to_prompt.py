@@ -36,10 +36,10 @@ from apthory.studies import cells, masks, pixel_grids
 from apthory.studies import pixels as pixel_study
 
 folder = records.folder(suite)
-study = pixel_grids.STUDIES[suite]["masks"]
-table = pixel_study.run_study(study, folder)
+study = pixel_grids.PIXEL_STUDIES[suite]["masks"]
+table = pixel_study.run_pixel_study(study, folder)
 configs = {
-    (names["part"], names["arm"], c["backbone"]["name"], c["task"]): c for names, c in pixel_study.configurations(study)
+    (names["part"], names["arm"], c["backbone"]["name"], c["task"]): c for names, c in pixel_study.pixel_cells(study)
 }
 
 
@@ -70,7 +70,7 @@ ROWS = {
 }
 NUM = 4  # images of each task
 shown = {
-    (task, arm): cells.fetch(
+    (task, arm): cells.fetch_cell(
         again("shown", arm, "resnet_micro", task, seed=0, num_images=NUM), folder, masks.draw_prompt
     )
     for task in study["shown"].tasks
@@ -120,7 +120,7 @@ STARTS = {"adavipro": "start: noise", "from zero": "start: zero"}
 judged = [place for place in configs if place[0].startswith("judged")]
 seeds, num_images = [0, 1, 2], {"embedded": 60, "small": 200}[suite]
 measured = [
-    cells.fetch(again(*place, seeds=seeds, num_images=num_images), folder, masks.measure_masks) for place in judged
+    cells.fetch_cell(again(*place, seeds=seeds, num_images=num_images), folder, masks.measure_masks) for place in judged
 ]
 distances = pd.DataFrame(
     {"arm": arm, "backbone": backbone, "task": task, "record": record.key, **record.values}

@@ -36,7 +36,7 @@ from apthory.lab import claims, figures, intervals, records
 from apthory.pretraining import cards as model_cards
 from apthory.studies import cells, during_training, layers
 
-study = during_training.STUDIES[suite]["stages"]
+study = during_training.STAGE_STUDIES[suite]["stages"]
 made_from = layers.fetch_study(study, records.folder(suite))
 table = during_training.with_stage(cells.table(made_from))
 table = table[table["method"].isin(["ap", "linear_probe"])]

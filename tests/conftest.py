@@ -51,6 +51,10 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+# Variables that pytest, OpenMP and open_clip set when they are used or imported for the first time.
+_SET_BY_LIBRARIES = ("PYTEST_CURRENT_TEST", "KMP_", "TOKENIZERS_")
+
+
 def _set_environ(values: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(values)
@@ -73,7 +77,7 @@ _PROCESS = {
     "floating-point errors": (np.geterr, lambda value: np.seterr(**value)),
     "working directory": (os.getcwd, os.chdir),
     "environment": (
-        lambda: {key: one for key, one in os.environ.items() if not key.startswith(("PYTEST_CURRENT_TEST", "KMP_"))},
+        lambda: {name: value for name, value in os.environ.items() if not name.startswith(_SET_BY_LIBRARIES)},
         _set_environ,
     ),
 }

@@ -206,12 +206,12 @@ LATER = {  # commands that import what they call when they are called: their arg
         ["--backbone", "vit_micro", "--task", "digits", "--site", "blocks.2:input", "--output", "p.safetensors"],
         "apthory.backbones.load_sized",
     ),
-    "predict": (["--prompt", "p.safetensors", "--images", "."], "apthory.methods.files.load_backbone"),
+    "predict": (["--prompt", "p.safetensors", "--images", "."], "apthory.methods.files.find_backbone"),
     "pretrain": (["vit_micro", "--output", "run"], "apthory.pretraining.pretrain"),
     "ship": (["vit_micro.safetensors"], "apthory.pretraining.cards.ship"),
-    "bench": ([], "apthory.benchmarks.prefix_cache.run"),
-    "bench-pixels": ([], "apthory.benchmarks.pixels.run"),
-    "bench-metrics": ([], "apthory.benchmarks.metrics.run"),
+    "bench": ([], "apthory.benchmarks.prefix_cache.run_prefix_cache"),
+    "bench-pixels": ([], "apthory.benchmarks.pixels.run_pixels"),
+    "bench-metrics": ([], "apthory.benchmarks.metrics.run_metrics"),
 }
 
 

@@ -41,7 +41,7 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 def make(**options: object) -> clip.CLIP:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return clip.load("ViT-B-32", None, device="cpu", **(SMALL | options))
+        return clip.load_clip("ViT-B-32", None, device="cpu", **(SMALL | options))
 
 
 small = cache(make)
@@ -83,7 +83,7 @@ def test_every_block_of_the_image_tower_is_a_site_with_a_prefix_to_cache():
 
 def test_a_resnet_of_clip_can_be_cut_too():
     vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}
-    image = clip.load("RN50", None, device="cpu", **(SMALL | {"vision_cfg": vision})).image
+    image = clip.load_clip("RN50", None, device="cpu", **(SMALL | {"vision_cfg": vision})).image
     assert backbones.carried_classifier(image) == ""
     assert sites.list_sites(image)[1:3] == ["layer1.0:input", "layer2.0:input"]
     prefix, suffix = sites.split(image, "layer3.0:input")
@@ -245,7 +245,7 @@ def test_a_gpu_gives_the_same_features_and_trains():
     task, results = tiny.task(96), []
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = clip.load("ViT-B-32", None, device="cuda", **SMALL)
+        model = clip.load_clip("ViT-B-32", None, device="cuda", **SMALL)
     for towers in (small(), model):
         head = towers.text_head(task.classes)
         x = backbones.normalize(towers.image, task.test[torch.arange(8)])
@@ -286,7 +286,7 @@ def test_the_baselines_run_on_the_image_tower(method: object):
 
 def test_a_file_of_weights_gives_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def digest(pretrained: str | None) -> str:
-        return backbones.digest(clip.load("ViT-B-32", pretrained, device="cpu", **SMALL).model)
+        return backbones.digest(clip.load_clip("ViT-B-32", pretrained, device="cpu", **SMALL).model)
 
     expected = backbones.digest(small().model)
     torch.save(small().model.state_dict(), tmp_path / "small.pt")
@@ -303,7 +303,9 @@ def test_a_file_of_weights_gives_its_weights(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(
             OSError, match=r"small.pt' of 'RN50' cannot be had .* pass pretrained=FILE with the weights"
         ):
-            clip.load("RN50", "small.pt", device="cpu", **(SMALL | {"vision_cfg": {"layers": [1] * 4, "width": 8}}))
+            clip.load_clip(
+                "RN50", "small.pt", device="cpu", **(SMALL | {"vision_cfg": {"layers": [1] * 4, "width": 8}})
+            )
 
 
 def test_a_tag_brings_its_activation_function(monkeypatch: pytest.MonkeyPatch):
@@ -315,12 +317,12 @@ def test_a_tag_brings_its_activation_function(monkeypatch: pytest.MonkeyPatch):
         return create(name, **options)
 
     monkeypatch.setattr(open_clip, "create_model", downloaded)
-    model = clip.load("ViT-B-32", "openai", device="cpu", **SMALL)
+    model = clip.load_clip("ViT-B-32", "openai", device="cpu", **SMALL)
     assert asked["pretrained"] == "openai"
     backbones.load("clip:ViT-B-32", device="cpu", input_size=64, **SMALL)
     assert (asked["pretrained"], asked["force_image_size"]) == ("openai", 64)
     assert any(isinstance(module, open_clip.transformer.QuickGELU) for module in model.image.modules())
-    model = clip.load("ViT-B-32", "laion2b_s34b_b79k", device="cpu", **SMALL)
+    model = clip.load_clip("ViT-B-32", "laion2b_s34b_b79k", device="cpu", **SMALL)
     assert not any(isinstance(module, open_clip.transformer.QuickGELU) for module in model.image.modules())
 
 
@@ -332,14 +334,14 @@ def test_weights_out_of_reach_say_the_ways_out(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(
         OSError, match=r"'openai' of 'ViT-B-32' cannot be had .*no route.*pretrained=FILE.*=None for rand"
     ):
-        clip.load()
+        clip.load_clip()
 
 
 def test_a_tag_is_read_from_its_file_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     state = {name: value.contiguous() for name, value in small().model.state_dict().items()}
     save_file(state, tmp_path / "ViT-B-32.openai.safetensors")
     monkeypatch.setenv("APTHORY_WEIGHTS", str(tmp_path))
-    model = clip.load("ViT-B-32", "openai", device="cpu", **SMALL)
+    model = clip.load_clip("ViT-B-32", "openai", device="cpu", **SMALL)
     assert backbones.digest(model.model) == backbones.digest(small().model)
     assert any(isinstance(module, open_clip.transformer.QuickGELU) for module in model.image.modules())
     mean, std = backbones.mean_std(model.image)
@@ -349,9 +351,9 @@ def test_a_tag_is_read_from_its_file_where_there_is_one(tmp_path: Path, monkeypa
 
 def test_unknown_names_and_tags_list_what_there_is():
     with pytest.raises(ValueError, match=r"open_clip has no 'ViT-B-23'; it has .*ViT-B-32"):
-        clip.load("ViT-B-23")
+        clip.load_clip("ViT-B-23")
     with pytest.raises(ValueError, match=r"'opanai' is neither a file nor weights that open_clip has .*: openai, "):
-        clip.load("ViT-B-32", "opanai")
+        clip.load_clip("ViT-B-32", "opanai")
 
 
 def test_an_image_tower_that_returns_more_than_its_feature_is_an_error():
@@ -362,7 +364,7 @@ def test_an_image_tower_that_returns_more_than_its_feature_is_an_error():
 def test_without_open_clip_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(ImportError, match=r"^open_clip is not installed; .*'apthory\[open-clip\]'$"):
-        clip.load()
+        clip.load_clip()
 
 
 # ------------------------------------------------------------------------------------------ the study
@@ -389,7 +391,7 @@ def test_the_study_runs_end_to_end(spec: dict, tmp_path: Path, monkeypatch: pyte
         protocol=protocol,
         places={spec["name"]: ("transformer.resblocks.1:input",)},
     )
-    monkeypatch.setitem(pixel_grids.STUDIES["small"], "clip", study)
+    monkeypatch.setitem(pixel_grids.PIXEL_STUDIES["small"], "clip", study)
     monkeypatch.setenv("APTHORY_ROOT", str(tmp_path))
     folder, texts = records.folder("small"), []
     assert pixel_study.recorded(study, folder) is None
@@ -431,18 +433,18 @@ def test_records_of_an_image_tower_name_the_weights_of_its_whole_clip(spec: dict
     """The digest is a part of keys, so it stays that of the model as open_clip makes it, text tower included."""
     whole = open_clip.create_model("ViT-B-32", pretrained=spec["pretrained"], force_image_size=32, **SMALL)
     tower = record_format.backbone_of(spec)
-    assert record_format.digest(tower) == backbones.digest(whole) != backbones.digest(tower)
+    assert record_format.weights_digest(tower) == backbones.digest(whole) != backbones.digest(tower)
     nn.init.zeros_(whole.token_embedding.weight)
     torch.save(whole.state_dict(), tmp_path / "other.pt")
     other = record_format.backbone_of(spec | {"pretrained": str(tmp_path / "other.pt")})
     assert backbones.digest(other) == backbones.digest(tower)
-    assert record_format.digest(other) == backbones.digest(whole) != record_format.digest(tower)
+    assert record_format.weights_digest(other) == backbones.digest(whole) != record_format.weights_digest(tower)
 
 
 def test_records_of_other_backbones_name_their_own_weights():
     model = tiny.backbone("vit")
     assert backbones.whole(model) is model
-    assert record_format.digest(model) == backbones.digest(model)
+    assert record_format.weights_digest(model) == backbones.digest(model)
 
 
 def test_without_weights_the_sweep_says_what_to_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -459,7 +461,7 @@ def test_without_weights_the_sweep_says_what_to_download(tmp_path: Path, monkeyp
 
 def test_classes_of_the_studys_tasks_can_be_put_in_words(monkeypatch: pytest.MonkeyPatch):
     """Where the images are, as two classes of one name or numbers for names would be seen by training alone."""
-    names = pixel_grids.STUDIES["small"]["clip"]["methods"].tasks
+    names = pixel_grids.PIXEL_STUDIES["small"]["clip"]["methods"].tasks
     for name in sorted({*names} - {"cifar10"}):  # its ten are well known, and its many images take long to read
         try:
             classes = tasks.load(name, 32).classes

@@ -408,7 +408,7 @@ def test_the_cache_is_where_it_is_asked_for_or_in_the_users_own(variables, folde
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert remembered.folder() == folder
+    assert remembered.findings_folder() == folder
 
 
 # Memory

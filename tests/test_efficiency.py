@@ -103,11 +103,11 @@ def test_suffix_shares_fall_from_one():
 def test_the_race_gives_both_loops_the_same_accuracy_and_bounds_by_hand(tmp_path):
     recipe = {"num_epochs": 1, "num_train": 48, "num_validation": 16, "num_test": 16, "precision": "float32"}
     config = {"backbone": {"name": "resnet_micro"}, "recipe": recipe, "learning_rates": [4e-3]}
-    record = records.fetch(prefix_cache.race, config, folder=tmp_path)
+    record = records.fetch(prefix_cache.race_prefix_cache, config, folder=tmp_path)
     rows = pd.DataFrame(record["sites"])
     assert (rows["cached_accuracy"] == rows["frozen_accuracy"]).all()
     assert (rows["cache_bytes"] > 0).all()
-    table = prefix_cache.summarize(record)["resnet_micro", "last quarter"]
+    table = prefix_cache.summarize_prefix_cache(record)["resnet_micro", "last quarter"]
     last = rows["suffix_share"].tail(3)
     assert table["bound, steps alone"] == pytest.approx((3 + last.sum()) / (2 * last.sum()))
     frozen = (48 * (1 + last) + 16).sum()

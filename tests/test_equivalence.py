@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from apthory import backbones, equivalence, methods, sites
-from apthory.equivalence import bias_shift, border_outputs, diagnose, difference, fold, fold_prompt, gap, unfold_prompt
+from apthory.equivalence import (
+    bias_shift,
+    border_outputs,
+    diagnose,
+    difference,
+    distance_to_tuning,
+    fold,
+    fold_prompt,
+    unfold_prompt,
+)
 from apthory.studies import equivalence as equivalence_study
 
 EXACT = 1e-12
@@ -530,13 +539,13 @@ def test_batch_statistics_of_any_layer_count_not_the_mode_of_the_backbone(which:
         fold(model, prompt)
     full = methods.ActivationPrompt.zeros(tiny.backbone("resnet"), "layer2.0.bn2:input")
     full.delta.data.normal_(generator=torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match="with batch statistics gap measures channel prompts alone"):
-        gap(model, full, "layer2.0.bn2", [1.0])
+    with pytest.raises(ValueError, match="with batch statistics only channel prompts are measured"):
+        distance_to_tuning(model, full, "layer2.0.bn2", [1.0])
     vit = copy.deepcopy(tiny.backbone("vit")).train()  # no BatchNorm and no dropout: the mode changes nothing
     prompt = methods.ActivationPrompt.zeros(vit, "blocks.1.norm1", "channel")
     prompt.delta.data.normal_(generator=torch.Generator().manual_seed(0))
     assert not torch.equal(fold(vit, prompt).blocks[1].norm1.bias, vit.blocks[1].norm1.bias)
-    (measured,) = gap(vit, prompt, "blocks.1.norm1", [0.1], images=tiny.images("vit", 8))
+    (measured,) = distance_to_tuning(vit, prompt, "blocks.1.norm1", [0.1], images=tiny.images("vit", 8))
     assert measured.tuning <= EXACT < measured.effect
 
 
@@ -559,7 +568,7 @@ def test_a_backbone_with_rms_norms_is_diagnosed_and_folded(norm: type[nn.Module]
     x = tiny.images("vit", 3)
     assert difference(fold(model, prompt)(x), methods.AdaptedBackbone(model, prompt)(x)) < 1e-5
     with pytest.raises(ValueError, match="without gamma and beta"):
-        gap(model, prompt, "blocks.1.norm2", [0.1])
+        distance_to_tuning(model, prompt, "blocks.1.norm2", [0.1])
 
 
 def test_a_batch_norm_without_affine_parameters_shifts_exactly_but_has_no_bias():
@@ -607,7 +616,7 @@ def test_null_directions_are_those_that_linear_algebra_gives():
     block, one = model.blocks[1], torch.ones(32, 1, dtype=torch.float64)
 
     def check(site: str, directions: Tensor) -> None:
-        basis, _ = equivalence.networks.Network(model, site).null_space()
+        basis, _ = equivalence.networks.PromptedNetwork(model, site).null_space()
         wanted = torch.linalg.qr(directions).Q
         assert basis.shape == (wanted.shape[1], wanted.shape[0])
         torch.testing.assert_close(basis.T @ basis, wanted @ wanted.T, rtol=0, atol=1e-8)
@@ -635,11 +644,11 @@ def test_beyond_the_first_order_the_distance_falls_with_the_square():
     model = tiny.backbone("vit")
     prompt = methods.ActivationPrompt.zeros(model, "blocks.1.norm1:input", "channel")
     prompt.delta.data.normal_(generator=torch.Generator().manual_seed(0))
-    far, near = gap(model, prompt, "blocks.1.norm1", [1e-2, 1e-3], images=tiny.images("vit", 8))
+    far, near = distance_to_tuning(model, prompt, "blocks.1.norm1", [1e-2, 1e-3], images=tiny.images("vit", 8))
     assert far.first_order / near.first_order == pytest.approx(100, rel=0.1)
     assert far.tuning / near.tuning == pytest.approx(10, rel=0.1)  # no tuning, but nearer than none
     assert 1e-3 * far.effect < far.tuning < 0.9 * far.effect
-    beta = gap(model, prompt, "blocks.1.norm1", [1e-2], images=tiny.images("vit", 8), parameters="beta")
+    beta = distance_to_tuning(model, prompt, "blocks.1.norm1", [1e-2], images=tiny.images("vit", 8), parameters="beta")
     assert far.tuning < beta[0].tuning < far.effect
 
 
@@ -648,7 +657,7 @@ def test_a_channel_prompt_at_the_output_has_no_distance_and_a_full_one_has():
     for shape, is_exact in (("channel", True), ("full", False)):
         prompt = methods.ActivationPrompt.zeros(model, "layer2.0.bn1", shape)
         prompt.delta.data.normal_(generator=torch.Generator().manual_seed(0))
-        (found,) = gap(model, prompt, "layer2.0.bn1", [0.1], images=x)
+        (found,) = distance_to_tuning(model, prompt, "layer2.0.bn1", [0.1], images=x)
         assert found.effect > 1e-4
         assert found.first_order < 1e-13  # the layer's own result moves by the prompt itself
         assert (found.tuning < 1e-3 * found.effect) == is_exact
@@ -658,7 +667,7 @@ def test_the_nearest_tuning_is_no_further_than_one_found_by_descent():
     model, x = tiny.backbone("vit", torch.float64), tiny.images("vit", 8, dtype=torch.float64)
     prompt = methods.ActivationPrompt.zeros(model, "blocks.1.norm1:input", "channel").double()
     prompt.delta.data.normal_(generator=torch.Generator().manual_seed(0))
-    (found,) = gap(model, prompt, "blocks.1.norm1", [0.1], images=x, parameters="beta")
+    (found,) = distance_to_tuning(model, prompt, "blocks.1.norm1", [0.1], images=x, parameters="beta")
     z = sites.capture(model, [prompt.site], x)[prompt.site]
     scaled = methods.ActivationPrompt(prompt.site, prompt.delta.data * 0.1 / prompt.relative_norm(z), "channel")
     wanted, bias = methods.AdaptedBackbone(model, scaled)(x).detach(), model.blocks[1].norm1.bias
@@ -675,12 +684,12 @@ def test_the_nearest_tuning_keeps_its_share_of_a_small_prompt():
     model, x = tiny.backbone("resnet"), tiny.images("resnet", 8)
     prompt = methods.ActivationPrompt.zeros(model, "layer2.0.bn1")
     prompt.delta.data.normal_(generator=torch.Generator().manual_seed(0))
-    found = gap(model, prompt, "layer2.0.bn1", [1e-6, 1e-5, 1e-4], images=x)
+    found = distance_to_tuning(model, prompt, "layer2.0.bn1", [1e-6, 1e-5, 1e-4], images=x)
     for each in found:
         assert each.is_converged
         assert each.tuning == pytest.approx(each.linear, rel=0.02)
         assert each.tuning / each.effect == pytest.approx(found[0].tuning / found[0].effect, rel=0.02)
-    (stopped,) = gap(model, prompt, "layer2.0.bn1", [1.0], images=x, num_rounds=1)
+    (stopped,) = distance_to_tuning(model, prompt, "layer2.0.bn1", [1.0], images=x, num_rounds=1)
     assert not stopped.is_converged
     assert stopped.tuning < stopped.effect
 
@@ -701,7 +710,7 @@ def test_a_gap_without_a_question_is_refused(change: dict, message: str):
     prompt = methods.ActivationPrompt.zeros(model, "blocks.1.norm1:input", "channel")
     prompt.delta.data[:] = arguments.pop("size")
     with pytest.raises(ValueError, match=message):
-        inspect.unwrap(gap)(model, prompt, **arguments)  # as without type checks
+        inspect.unwrap(distance_to_tuning)(model, prompt, **arguments)  # as without type checks
 
 
 def test_a_gap_needs_enough_images_eval_mode_and_a_layer_to_tune():
@@ -709,18 +718,18 @@ def test_a_gap_needs_enough_images_eval_mode_and_a_layer_to_tune():
     prompt = methods.ActivationPrompt.zeros(model, "blocks.1.norm1:input", "channel")
     prompt.delta.data.normal_(generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="32 features of 1 images do not determine 64 values; pass at least 2"):
-        gap(model, prompt, "blocks.1.norm1", [0.1], images=tiny.images("vit", 1))
+        distance_to_tuning(model, prompt, "blocks.1.norm1", [0.1], images=tiny.images("vit", 1))
     with pytest.raises(ValueError, match="is a GELU without gamma and beta"):
-        gap(model, prompt, "blocks.1.mlp.act", [0.1])
+        distance_to_tuning(model, prompt, "blocks.1.mlp.act", [0.1])
     trained = copy.deepcopy(tiny.backbone("resnet")).train()
     prompt = methods.ActivationPrompt.zeros(trained, "layer2.0.bn1:input", "channel")
     prompt.delta.data.normal_(generator=torch.Generator().manual_seed(0))
-    (found,) = gap(trained, prompt, "layer2.0.bn1", [1.0])
+    (found,) = distance_to_tuning(trained, prompt, "layer2.0.bn1", [1.0])
     assert max(found.effect, found.tuning, found.first_order) <= EXACT  # batch statistics: nothing to tune for
     prompt = methods.ActivationPrompt.zeros(trained, "layer2.0.bn1:input")
     prompt.delta.data.normal_(generator=torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match="with batch statistics gap measures channel prompts alone"):
-        gap(trained, prompt, "layer2.0.bn1", [1.0])
+    with pytest.raises(ValueError, match="with batch statistics only channel prompts are measured"):
+        distance_to_tuning(trained, prompt, "layer2.0.bn1", [1.0])
 
 
 # -------------------------------------------------------------------------------------------------- training

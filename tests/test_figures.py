@@ -18,6 +18,8 @@ from PIL import Image
 from skimage.color import deltaE_ciede2000, rgb2lab
 
 from apthory.lab import figures, records
+from apthory.methods import METHODS
+from apthory.studies import looks
 
 TABLE = pd.DataFrame({"site": ["a", "b"], "accuracy": [1 / 3, 2e-9]})
 
@@ -99,21 +101,21 @@ def test_problems_name_what_is_not_current_any_more(project):
     paths = draw([record])
     kept = records.find(record.key[:12], records.folder("small"))
     for ending in ("png", "pdf"):
-        assert figures.problems(paths[ending]) == []
+        assert figures.figure_problems(paths[ending]) == []
     fact.version = 2
-    assert "record " + record.key[:12] in figures.problems(paths["png"])[0]
+    assert "record " + record.key[:12] in figures.figure_problems(paths["png"])[0]
     fact.version = 1
     paths["csv"].write_bytes(paths["csv"].read_bytes() + b"c,1\n")
-    assert ["not the table" in problem for problem in figures.problems(paths["pdf"])] == [True]
+    assert ["not the table" in problem for problem in figures.figure_problems(paths["pdf"])] == [True]
     paths["csv"].unlink()
     kept.unlink()
-    first, second = figures.problems(paths["png"])
+    first, second = figures.figure_problems(paths["png"])
     assert "03_example.csv is missing" in first
     assert f"record {record.key[:12]} is missing" in second
     Image.new("RGB", (2, 2)).save(paths["png"])
-    assert "carries no provenance" in figures.problems(paths["png"])[0]
+    assert "carries no provenance" in figures.figure_problems(paths["png"])[0]
     paths["png"].write_bytes(b"")
-    assert len(figures.problems(paths["png"])) == 1
+    assert len(figures.figure_problems(paths["png"])) == 1
 
 
 def test_a_figure_without_numbers_or_with_a_path_for_a_name_is_refused(project):
@@ -147,8 +149,10 @@ def test_figures_are_as_wide_as_their_column_and_readable_there(width, rows):
 
 
 def test_methods_have_a_colour_and_a_label():
-    assert figures.COLORS.keys() == figures.LABELS.keys()
-    assert len(set(figures.COLORS.values())) == len(set(figures.LABELS.values())) == len(figures.COLORS)
+    assert METHODS.keys() < looks.COLORS.keys() == looks.LABELS.keys()
+    assert looks.COLORS["fine_tuning"] == looks.COLORS["full"]  # which is fine-tuning of everything
+    assert len(set(looks.COLORS.values())) == len(looks.COLORS) - 1
+    assert len(set(looks.LABELS.values())) == len(looks.LABELS)
 
 
 # Machado, Oliveira and Fernandes (2009), severity 1, on linear RGB.
@@ -173,8 +177,8 @@ def seen(color, deficiency):
 @pytest.mark.parametrize("deficiency", DEFICIENCY)
 def test_the_layer_studies_colours_stay_apart_for_dichromats(deficiency):
     """By CIEDE2000, where matplotlib's own red and green, at 72 for others, fall to 5 for deuteranopes."""
-    study = ["ap", "vp", "norm", "linear_probe", "full", "random_prompt", "frozen_head", "site_probe"]
-    colors = {name: seen(figures.COLORS[name], deficiency) for name in study}
+    study = ["ap", "input_prompt", "norm", "linear_probe", "full", "random_prompt", "frozen_head", "site_probe"]
+    colors = {name: seen(looks.COLORS[name], deficiency) for name in study}
     distances = {pair: deltaE_ciede2000(*map(colors.get, pair)) for pair in itertools.combinations(study, 2)}
     nearest = min(distances, key=distances.get)
     assert distances[nearest] > 10, (nearest, distances[nearest])

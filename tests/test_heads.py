@@ -126,7 +126,7 @@ def test_the_rules_differ_where_they_should():
 
 @pytest.mark.parametrize("assignment", ["greedy", "ordered", "mode"])
 def test_a_frequency_map_is_that_of_the_predictions_at_the_start(assignment, monkeypatch):
-    monkeypatch.setattr(heads, "_CHUNK", 7)  # fewer than there are images
+    monkeypatch.setattr(heads, "_PREDICTIONS_AT_ONCE", 7)  # fewer than there are images
     classifier, features, labels = source(), draw(40, WIDTH), torch.arange(20).repeat(2, 1) % 3
     bundle = LabelMapping(classifier, "frequency", assignment).build(2, WIDTH, 3, generators())
     assert bundle.num_start is None

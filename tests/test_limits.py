@@ -47,7 +47,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("family", ["vit", "deit", "vit_micro"])
 def test_an_input_prompt_is_its_shift_at_the_first_block_through_to_the_features(family):
     model = backbones.load(family, device="cpu").double() if family == "vit_micro" else tiny.backbone(family, DOUBLE)
-    found, x = equivalence.reach(model), normal(3, *sites.site_shape(model, ":input"), seed=1)
+    found, x = equivalence.input_span(model), normal(3, *sites.site_shape(model, ":input"), seed=1)
     prompt = normal(*x.shape[1:])
     at_input = AdaptedBackbone(model, ActivationPrompt(":input", prompt))
     at_tokens = AdaptedBackbone(model, ActivationPrompt(found.site, found.shift(prompt)))
@@ -70,7 +70,7 @@ def test_reachable_prompts_are_those_of_images(grid, patch, dim, class_token, re
     image = (grid[0] * patch[0], grid[1] * patch[1])
     pool = "token" if class_token else "avg"
     model = vit(image, patch, dim, class_token=class_token, reg_tokens=registers, global_pool=pool)
-    found = equivalence.reach(model)
+    found = equivalence.input_span(model)
     assert (found.grid, found.patch) == (grid, patch)
     assert found.num_extra_tokens == class_token + registers
     assert found.rank == min(dim, 3 * math.prod(patch))
@@ -105,14 +105,14 @@ def test_rank_is_that_of_the_weights_and_not_of_their_rounding(rank, dtype):
     model = vit()
     low = normal(16, rank) @ normal(rank, 48, seed=1)
     model.patch_embed.proj.weight.data = low.view(16, 3, 4, 4)
-    found = equivalence.reach(model.to(dtype))
+    found = equivalence.input_span(model.to(dtype))
     assert found.rank == rank
     assert found.singular_values[rank:].max() <= found.tolerance
     assert found.residual(normal(1, rank) @ normal(rank, 16)) > 0.1
 
 
 def test_class_token_is_out_of_reach():
-    found = equivalence.reach(tiny.backbone("vit", DOUBLE))
+    found = equivalence.input_span(tiny.backbone("vit", DOUBLE))
     prompt = torch.zeros_like(found.offset)
     prompt[0] = 1.0
     assert found.residual(prompt) == 1.0
@@ -121,7 +121,7 @@ def test_class_token_is_out_of_reach():
 
 
 def test_random_prompts_residual_follows_from_the_rank():
-    found = equivalence.reach(vit(dim=64))  # 48 of 64 dimensions, 16 of 17 tokens
+    found = equivalence.input_span(vit(dim=64))  # 48 of 64 dimensions, 16 of 17 tokens
     squares = torch.tensor([found.residual(normal(17, 64, seed=seed)) ** 2 for seed in range(400)])
     assert abs(squares.mean() - (1 - 48 / 64 * 16 / 17)) < 4 * squares.std() / 20
 
@@ -182,7 +182,7 @@ ELSEWHERE = {
 @pytest.mark.parametrize("reason", ELSEWHERE)
 def test_where_an_input_prompt_is_no_token_prompt_the_reason_is_named(reason):
     with pytest.raises(ValueError, match=rf"is no fixed prompt on tokens: .*{reason}.* kernel = stride"):
-        equivalence.reach(ELSEWHERE[reason]())
+        equivalence.input_span(ELSEWHERE[reason]())
 
 
 @torch.no_grad()
@@ -195,8 +195,8 @@ def test_there_the_shift_depends_on_the_image_indeed(family):
 
 
 def test_a_prompt_of_norm_zero_has_no_residual():
-    with pytest.raises(ValueError, match="norm zero has no share out of reach"):
-        equivalence.reach(tiny.backbone("vit")).residual(torch.zeros(17, 32))
+    with pytest.raises(ValueError, match="norm zero has no share outside the span"):
+        equivalence.input_span(tiny.backbone("vit")).residual(torch.zeros(17, 32))
 
 
 # ---------------------------------------------------------------------------------------------- V2: frames
@@ -233,7 +233,7 @@ def test_a_frame_of_whole_patches_is_prompt_tokens(patch, num, data, pool, regis
     assume(2 * ring < num)
     size, width = patch * num, patch * ring
     model = vit((size, size), (patch, patch), depth=2, global_pool=pool, reg_tokens=registers)
-    found, frame = equivalence.reach(model), normal(3, size, size)
+    found, frame = equivalence.input_span(model), normal(3, size, size)
     x = normal(3, 3, size - 2 * width, size - 2 * width, seed=1)
     own, prompts = equivalence.as_tokens(found, x, frame)
     assert len(prompts) == equivalence.frame_tokens(size, width, patch).prompt
@@ -249,7 +249,7 @@ def test_a_frame_of_whole_patches_is_prompt_tokens(patch, num, data, pool, regis
 
 
 def test_prompt_tokens_lie_in_an_affine_set_of_the_embeddings_rank():
-    found = equivalence.reach(vit(dim=64))
+    found = equivalence.input_span(vit(dim=64))
     tokens = torch.cat(
         [equivalence.as_tokens(found, normal(1, 3, 8, 8), normal(3, 16, 16, seed=s))[1] for s in range(9)]
     )
@@ -262,7 +262,7 @@ def test_prompt_tokens_lie_in_an_affine_set_of_the_embeddings_rank():
 @torch.no_grad()
 def test_features_differ_where_the_conditions_of_a_frame_fail():
     model = vit(depth=2, global_pool="avg")
-    found, frame, x = equivalence.reach(model), normal(3, 16, 16), normal(2, 3, 8, 8, seed=1)
+    found, frame, x = equivalence.input_span(model), normal(3, 16, 16), normal(2, 3, 8, 8, seed=1)
     own, prompts = equivalence.as_tokens(found, x, frame)
     whole = torch.cat([own, prompts.expand(2, -1, -1)], dim=1)
     _, norm = sites.split(model, "norm:input")
@@ -278,7 +278,7 @@ def test_features_differ_where_the_conditions_of_a_frame_fail():
 
 @torch.no_grad()
 def test_mixed_tokens_depend_on_frame_and_image():
-    found, frame, x = equivalence.reach(vit()), normal(3, 16, 16), normal(1, 3, 10, 10, seed=1)
+    found, frame, x = equivalence.input_span(vit()), normal(3, 16, 16), normal(1, 3, 10, 10, seed=1)
     with pytest.raises(ValueError, match=r"frame of 3 pixels .* patches of 4: 12 tokens would mix .* width of 0 or 4"):
         equivalence.as_tokens(found, x, frame)
     assert equivalence.frame_tokens(16, 3, 4) == (0, 12, 4)
@@ -297,7 +297,7 @@ def test_frames_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="images of 9 pixels do not lie in the middle of a frame of 16"):
         equivalence.framed(normal(1, 3, 9, 9), normal(3, 16, 16))
     with pytest.raises(ValueError, match=r"frame of 32 pixels does not fit patches of \(4, 4\) on a grid \(4, 4\)"):
-        equivalence.as_tokens(equivalence.reach(vit()), normal(1, 3, 16, 16), normal(3, 32, 32))
+        equivalence.as_tokens(equivalence.input_span(vit()), normal(1, 3, 16, 16), normal(3, 32, 32))
 
 
 # ---------------------------------------------------------------------------------------------- V3: cost
@@ -379,7 +379,7 @@ def test_to_the_first_block_of_a_vit_a_prompt_stays_universal_as_reach_says():
     model, x = tiny.backbone("vit", DOUBLE), tiny.images("vit", 3, dtype=DOUBLE)
     direction = normal(3, 32, 32)
     moved = metrics.arrivals(model, x, direction)["blocks.0:input"]
-    assert relative(moved, equivalence.reach(model).shift(direction).expand_as(moved)) <= 1e-12
+    assert relative(moved, equivalence.input_span(model).shift(direction).expand_as(moved)) <= 1e-12
     assert metrics.universality(moved) == pytest.approx(1, abs=1e-12)
 
 

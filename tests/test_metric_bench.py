@@ -28,7 +28,7 @@ def record(tmp_path_factory):
         "num_repeats": 2,
         "num_maps": 2,
     }
-    return records.fetch(metrics.race, config, folder=tmp_path_factory.mktemp("records"))
+    return records.fetch(metrics.race_metrics, config, folder=tmp_path_factory.mktemp("records"))
 
 
 def test_every_piece_of_work_is_timed(record):
@@ -49,7 +49,7 @@ def test_both_tools_agree_with_float64_where_features_have_no_mean_and_ours_wher
 
 
 def test_ratios_are_those_of_medians(record):
-    table = metrics.summarize(record)
+    table = metrics.summarize_metrics(record)
     for kind in ("end to end", "CKA part"):
         ratio = table[f"{kind}, torch-cka (s)"] / table[f"{kind}, ours (s)"]
         assert table[f"{kind}, torch-cka / ours"] == pytest.approx(ratio)
@@ -66,7 +66,7 @@ def test_stored_features_give_what_the_network_gives_with_both_tools():
     images = torch.randn(12, 3, 64, 64, generator=torch.Generator().manual_seed(3))
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images), 6)
     with torch.no_grad():
-        batches = [list(metric_bench.sites.capture(model, blocks, x).values()) for x in images.split(6)]
+        batches = [list(metrics.sites.capture(model, blocks, x).values()) for x in images.split(6)]
     stored = metrics._Stored(batches)
     ours = similarity.layer_similarity(model, None, images, blocks, batch_size=6).to_numpy()
     again = similarity.layer_similarity(stored, None, stored.loader, stored.places).to_numpy()
@@ -88,4 +88,4 @@ def test_loops_over_maps_give_the_fast_distances():
 
 def test_batches_must_be_whole():
     with pytest.raises(ValueError, match="10 images make no whole batches of 4"):
-        metrics.race({"name": "vit_micro"}, 10, 4)
+        metrics.race_metrics({"name": "vit_micro"}, 10, 4)

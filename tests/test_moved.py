@@ -1,4 +1,4 @@
-"""Old names of modules still import, say where their contents are now, and have them."""
+"""Old names of modules and of what is in them still work, and a warning says what the name is now."""
 
 import subprocess
 import sys
@@ -11,14 +11,14 @@ from imports import MODULES, PACKAGE
 from apthory._tools import moved
 
 NAMES = {  # what users of the old modules imported from them
-    "bench": "race", "determinism": "random_stream", "diversity": "randaugmented", "efficiency": "count_flops",
-    "equivalence_study": "measure_layers", "figures": "theme", "global_study": "measure_profile",
-    "input_study": "measure_rank", "layers": "score", "limits": "universality", "mask_study": "measure_masks",
-    "metric_bench": "race", "notebooks": "Judge", "pixel_bench": "race", "pixel_study": "run_shifted",
-    "pixel_suites": "STUDIES", "pixels": "Layout", "profiles": "layer_profile", "progress": "progress",
-    "prompts": "save", "ranking": "rank_sites", "records": "write_atomically", "regions": "MaskGenerator",
-    "stage_study": "with_stage", "statistics": "Estimate", "sweeps": "run_study", "theory.study": "measure_counts",
-    "tracing": "UntraceableError",
+    "bench": "step_over_bare", "determinism": "random_stream", "diversity": "randaugmented",
+    "efficiency": "count_flops", "equivalence.gaps": "descend", "equivalence_study": "measure_layers",
+    "figures": "theme", "global_study": "measure_profile", "input_study": "measure_rank", "layers": "score",
+    "limits": "universality", "mask_study": "measure_masks", "metric_bench": "PEER", "notebooks": "Judge",
+    "pixel_bench": "race_words", "pixel_study": "run_shifted", "pixel_suites": "WIDTHS", "pixels": "Layout",
+    "profiles": "layer_profile", "progress": "progress", "prompts": "save_prompt", "ranking": "rank_sites",
+    "records": "write_atomically", "regions": "MaskGenerator", "stage_study": "with_stage", "statistics": "Estimate",
+    "sweeps": "fetch_study", "theory.study": "measure_counts", "tracing": "UntraceableError",
 }  # fmt: skip
 
 
@@ -65,7 +65,8 @@ def test_no_old_name_is_a_module_again():
 @pytest.mark.slow
 def test_nothing_of_ours_uses_an_old_name():
     code = f"""
-import importlib, sys
+import importlib, sys, warnings
+warnings.filterwarnings("error", message=".*the old name goes with")
 for name in {[name.removesuffix(".__init__") for name in MODULES if not name.startswith("__")]}:
     importlib.import_module(f"apthory.{{name}}")
 print({{f"apthory.{{name}}" for name in {sorted(moved.MODULES)}}} & sys.modules.keys())
@@ -83,6 +84,30 @@ def test_a_name_that_is_another_now_is_there(old, new, forgotten):
     assert caught[0].filename == __file__
 
 
+def test_an_old_module_has_the_old_names_of_what_it_had(forgotten):
+    with pytest.warns(DeprecationWarning, match=r"^apthory.bench is apthory.benchmarks.prefix_cache now; "):
+        old = import_module("apthory.bench")
+    with pytest.warns(DeprecationWarning, match=r"^apthory.benchmarks.prefix_cache.race is .*race_prefix_cache now; "):
+        race = old.race
+    assert race is import_module("apthory.benchmarks.prefix_cache").race_prefix_cache
+    assert {"race", "race_prefix_cache"} <= set(old.__all__)
+
+
+def test_an_old_module_inside_a_package_is_an_attribute_of_it(forgotten):
+    with pytest.warns(DeprecationWarning, match=r"^apthory.equivalence.gaps is apthory.equivalence.tuning now; "):
+        old = import_module("apthory.equivalence").gaps
+    assert old.descend is import_module("apthory.equivalence").descend
+
+
+def test_an_old_name_is_imported_from_its_module_and_from_a_new_process():
+    line = "from apthory.theory.growth import Fit; print(Fit.__name__)"
+    shown = subprocess.run([sys.executable, "-W", "always", "-c", line], capture_output=True, text=True, check=True)
+    assert shown.stdout == "GrowthFit\n"
+    assert (
+        "<string>:1: DeprecationWarning: apthory.theory.growth.Fit is apthory.theory.growth.GrowthFit" in shown.stderr
+    )
+
+
 def test_a_star_imports_all_that_an_old_module_had(forgotten):
     names: dict = {}
     with pytest.warns(DeprecationWarning, match="^apthory.prompts is"):
@@ -90,7 +115,7 @@ def test_a_star_imports_all_that_an_old_module_had(forgotten):
     assert {"ActivationPrompt", "AdaptedBackbone", "save", "load"} <= names.keys()
 
 
-@pytest.mark.parametrize("module", ["training", "studies", "backbones"])
+@pytest.mark.parametrize("module", ["training", "studies", "backbones", "theory.growth"])
 def test_a_name_that_never_was_is_the_usual_error(module):
     with pytest.raises(AttributeError, match=f"^module 'apthory.{module}' has no attribute 'nothing'$"):
         _ = import_module(f"apthory.{module}").nothing

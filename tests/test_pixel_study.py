@@ -16,7 +16,7 @@ from apthory.lab import records
 from apthory.methods import pixels
 from apthory.studies import catalogue, cells, layers, masks, pixel_grids, record_format
 from apthory.studies import pixels as pixel_study
-from apthory.studies.pixels import Part
+from apthory.studies.pixels import StudyPart
 
 SMALL = {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 32, "input_size": 32}
 RECIPE = training.Recipe(num_epochs=2, batch_size=16, num_train=24, num_validation=9, num_test=12, precision="float32")
@@ -35,8 +35,8 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 @pytest.fixture
-def part(spec: dict) -> Part:
-    return Part(
+def part(spec: dict) -> StudyPart:
+    return StudyPart(
         arms={"evp": {"name": "evp", "width": 60}, "linear_probe": {"name": "linear_probe"}, "full": {"name": "full"}},
         backbones=(spec,),
         tasks=("textures",),
@@ -53,26 +53,28 @@ def config(spec: dict, method: dict, **fields) -> dict:
 
 def test_cells_of_the_default_protocol_are_those_of_the_layer_study():
     some = {"backbones": ({"name": "resnet_micro"},), "tasks": ("dtd10",)}
-    layer = list(layers.configurations(replace(layers.STUDIES["small"]["S"], **some, norm_every=99, frozen_every=99)))
-    main = replace(pixel_grids.STUDIES["small"]["pixels"]["methods"], **some)
-    for names, cell in pixel_study.configurations({"methods": main}):
+    layer = list(
+        layers.layer_cells(replace(layers.LAYER_STUDIES["small"]["S"], **some, norm_every=99, frozen_every=99))
+    )
+    main = replace(pixel_grids.PIXEL_STUDIES["small"]["pixels"]["methods"], **some)
+    for names, cell in pixel_study.pixel_cells({"methods": main}):
         assert (cell in layer) == (names["arm"] in ("ap", "linear_probe", "full"))
 
 
 @pytest.mark.parametrize("name", backbones.SHIPPED)
 def test_places_are_all_block_sites_but_the_image(name: str):
-    assert list(pixel_grids.PLACES[name]) == sites.list_sites(backbones.create(name))[1:]
+    assert list(pixel_grids.PROMPT_SITES[name]) == sites.list_sites(backbones.create(name))[1:]
 
 
 def test_places_of_mobilenet_exist():
     model = backbones.create("mobilenetv2_100", pad_type="same")
-    assert set(pixel_grids.PLACES["mobilenetv2_100"]) <= set(sites.list_sites(model))
+    assert set(pixel_grids.PROMPT_SITES["mobilenetv2_100"]) <= set(sites.list_sites(model))
 
 
-def test_lengths_are_scaled_to_the_input_and_the_default_is_one_cell(part: Part):
+def test_lengths_are_scaled_to_the_input_and_the_default_is_one_cell(part: StudyPart):
     arms = {"evp": pixel_grids._wide("evp", 30), "wide": pixel_grids._wide("evp", 60, around=False)}
     arms |= {"regions": {"name": "adavipro", "region": 56}}
-    found = [cell["method"] for _, cell in pixel_study.configurations({"x": replace(part, arms=arms)})]
+    found = [cell["method"] for _, cell in pixel_study.pixel_cells({"x": replace(part, arms=arms)})]
     assert found == [
         {"name": "evp"},
         {"name": "evp", "width": 9, "around": False},
@@ -80,23 +82,23 @@ def test_lengths_are_scaled_to_the_input_and_the_default_is_one_cell(part: Part)
     ]
 
 
-def test_only_full_fine_tuning_is_a_control_and_an_unprompted_mapping_trains_nothing(part: Part):
+def test_only_full_fine_tuning_is_a_control_and_an_unprompted_mapping_trains_nothing(part: StudyPart):
     heads = {"linear": None, "frequency": {"how": "frequency"}}
-    found = {(n["arm"], n["head"]): c for n, c in pixel_study.configurations({"x": replace(part, heads=heads)})}
+    found = {(n["arm"], n["head"]): c for n, c in pixel_study.pixel_cells({"x": replace(part, heads=heads)})}
     assert {arm: len(cell["seeds"]) for (arm, _), cell in found.items()} == {"evp": 2, "linear_probe": 2, "full": 1}
     assert [key for key, cell in found.items() if cell["recipe"]["num_epochs"] == 1] == [("linear_probe", "frequency")]
     assert all(("head" in cell) == (head == "frequency") for (_, head), cell in found.items())
 
 
-def test_images_per_class_follow_the_task(part: Part):
-    found = pixel_study.configurations({"x": replace(part, per_class=4, tasks=("textures", "orientation"))})
+def test_images_per_class_follow_the_task(part: StudyPart):
+    found = pixel_study.pixel_cells({"x": replace(part, per_class=4, tasks=("textures", "orientation"))})
     assert {cell["task"]: cell["recipe"]["num_train"] for _, cell in found} == {"textures": 36, "orientation": 24}
 
 
 def test_few_images_are_trained_on_for_as_many_steps_as_the_usual_number():
-    parts = pixel_grids.STUDIES["small"]["pixels"]
+    parts = pixel_grids.PIXEL_STUDIES["small"]["pixels"]
     few = {name: parts[name] for name in ("4 per class", "16 per class")}
-    for names, cell in pixel_study.configurations(few):
+    for names, cell in pixel_study.pixel_cells(few):
         recipe = cell["recipe"]
         epochs, steps = recipe["num_epochs"], -(-recipe["num_train"] // recipe["batch_size"])
         assert epochs == 60 or abs(epochs * steps - 130) <= steps / 2, (names, cell["task"])  # 10 epochs of 13 steps
@@ -107,10 +109,10 @@ def test_numbers_of_classes_are_the_tasks(name: str):
     assert pixel_study.NUM_CLASSES[name] == len(tasks.load(name, 32).classes)
 
 
-@pytest.mark.parametrize("suite", pixel_grids.STUDIES)
+@pytest.mark.parametrize("suite", pixel_grids.PIXEL_STUDIES)
 def test_every_named_cell_can_be_made(suite: str):
-    for study in pixel_grids.STUDIES[suite].values():
-        for _, cell in pixel_study.configurations(study):
+    for study in pixel_grids.PIXEL_STUDIES[suite].values():
+        for _, cell in pixel_study.pixel_cells(study):
             assert json.loads(json.dumps(cell)) == cell
             record_format.method_of(cell["method"])
             training.Recipe(**cell["recipe"])
@@ -119,7 +121,7 @@ def test_every_named_cell_can_be_made(suite: str):
 def test_the_command_knows_these_studies_and_the_layer_studies():
     known = catalogue.known()
     assert {"S", "mobilenet", "pixels", "pixels-mobilenet", "masks"} <= set(known["small"])
-    assert layers.find_studies("small", "pixels", known)["pixels"] is pixel_grids.STUDIES["small"]["pixels"]
+    assert layers.find_studies("small", "pixels", known)["pixels"] is pixel_grids.PIXEL_STUDIES["small"]["pixels"]
 
 
 # ------------------------------------------------------------------------------------------ a study
@@ -132,12 +134,12 @@ def table(spec: dict, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     shared = {"backbones": (spec,), "tasks": ("textures",), "protocol": PROTOCOL}
     places = {"vit_micro": ("blocks.0:input", "blocks.1:input")}
     study = {
-        "methods": Part(arms=arms, places=places, **shared),
-        "again": Part(arms={"same": {"name": "vp"}}, **shared),
-        "mapping": Part(arms={"evp": {"name": "evp"}}, heads={"random": {"how": "random"}}, **shared),
-        "shift": Part(arms={"vp": {"name": "vp"}}, shifts=pixel_grids.CORRUPTIONS[::4], **shared),
+        "methods": StudyPart(arms=arms, places=places, **shared),
+        "again": StudyPart(arms={"same": {"name": "vp"}}, **shared),
+        "mapping": StudyPart(arms={"evp": {"name": "evp"}}, heads={"random": {"how": "random"}}, **shared),
+        "shift": StudyPart(arms={"vp": {"name": "vp"}}, shifts=pixel_grids.CORRUPTIONS[::4], **shared),
     }
-    return pixel_study.run_study(study, folder)
+    return pixel_study.run_pixel_study(study, folder)
 
 
 def test_parts_share_cells(table: pd.DataFrame):
@@ -156,10 +158,10 @@ def test_a_cell_with_shifts_is_the_plain_cell_too(spec: dict, tmp_path: Path):
     shared = {"backbones": (spec,), "tasks": ("textures",), "protocol": PROTOCOL}
     vp = {"vp": {"name": "vp"}}
     study = {
-        "methods": Part(arms=vp, **shared),
-        "corruptions": Part(arms=vp, shifts=pixel_grids.CORRUPTIONS[:2], **shared),
+        "methods": StudyPart(arms=vp, **shared),
+        "corruptions": StudyPart(arms=vp, shifts=pixel_grids.CORRUPTIONS[:2], **shared),
     }
-    table = pixel_study.run_study(study, tmp_path)
+    table = pixel_study.run_pixel_study(study, tmp_path)
     assert len(list(tmp_path.glob("*.json"))) == 1
     assert table.groupby("part")["shift"].apply(set).to_dict() == {
         "methods": {""},
@@ -171,11 +173,11 @@ def test_a_method_as_it_comes_is_the_cell_of_another_part_and_gives_the_seeds_as
     shared = {"backbones": (spec,), "tasks": ("textures",)}
     fewer = replace(PROTOCOL, seeds=(0,))
     study = {
-        "methods": Part(arms={"vp": {"name": "vp"}}, protocol=PROTOCOL, **shared),
-        "side": Part(arms={"vp": {"name": "vp"}}, protocol=fewer, usual=PROTOCOL, **shared),
+        "methods": StudyPart(arms={"vp": {"name": "vp"}}, protocol=PROTOCOL, **shared),
+        "side": StudyPart(arms={"vp": {"name": "vp"}}, protocol=fewer, usual=PROTOCOL, **shared),
     }
     assert pixel_study.recorded(study, tmp_path) is None
-    table = pixel_study.run_study(study, tmp_path)
+    table = pixel_study.run_pixel_study(study, tmp_path)
     assert table.groupby("part")["seed"].apply(list).to_dict() == {"methods": [0, 1], "side": [0]}
     assert table["key"].nunique() == 1
     assert pixel_study.recorded(study, tmp_path).drop(columns="correct").equals(table.drop(columns="correct"))

@@ -147,7 +147,7 @@ def test_a_frame_of_whole_patches_is_prompt_tokens():
     backbone = tiny.backbone("vit", torch.float64)
     where = layout(32, 8, around=True, normalized=False)
     x, prompt = images(3, dtype=torch.float64), PixelPrompt(filled(where))
-    found = equivalence.reach(backbone)
+    found = equivalence.input_span(backbone)
     painted = prompt(x)
     own, tokens = equivalence.as_tokens(found, pixels.shrunk(x, where), painted[0])
     assert len(tokens) == 12
@@ -592,9 +592,9 @@ def test_masks_depend_on_the_image_and_follow_the_logits():
 def test_mask_generators_decide_the_same_however_images_are_chunked(monkeypatch: pytest.MonkeyPatch):
     overlay, x = filled(layout(32, 10, region=8, dim=4), 2), images(10)
     whole = overlay.logits(x)
-    monkeypatch.setattr(regions, "_CHUNK", 2 * 4 * 32 * 32 * 2)  # two images of each configuration
+    monkeypatch.setattr(regions, "_VALUES_AT_ONCE", 2 * 4 * 32 * 32 * 2)  # two images of each configuration
     torch.testing.assert_close(overlay.logits(x), whole)
-    monkeypatch.setattr(regions, "_CHUNK", 1)
+    monkeypatch.setattr(regions, "_VALUES_AT_ONCE", 1)
     torch.testing.assert_close(overlay.logits(x), whole)
 
 
@@ -705,7 +705,7 @@ def test_the_exported_and_the_loaded_model_predict_what_evaluate_counts(
     backbone = tiny.backbone("resnet")
     for fit, evaluation in zip(fits[name], training.evaluate(fits[name], task), strict=True):
         x = reference.normalized(backbone, task.test, fit.split.test)
-        loaded = files.load(fit.save(tmp_path / "prompt.safetensors"), backbone)
+        loaded = files.load_prompt(fit.save(tmp_path / "prompt.safetensors"), backbone)
         with torch.no_grad():
             logits = fit.model(x)
             assert torch.equal(loaded(x), logits)

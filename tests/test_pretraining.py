@@ -237,7 +237,7 @@ def test_a_call_that_resumes_keeps_what_the_calls_before_kept(task, tmp_path):
     pretrain(config, tmp_path, task=task)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["epoch-0001.pt", "epoch-0004.pt", "epoch-0005.pt"]
-    assert cards.read(tmp_path / "test_resnet.epoch-0001.safetensors")["epochs"] == 1
+    assert cards.read_card(tmp_path / "test_resnet.epoch-0001.safetensors")["epochs"] == 1
 
 
 def test_the_exported_file_loads_strictly_and_computes_what_the_average_computes(task, tmp_path):
@@ -290,7 +290,7 @@ def test_a_run_may_begin_with_the_average_of_another_and_its_card_tells_of_both(
     assert streams == [3]  # the first run's two epochs have drawn their orders and crops
     begun = read(tmp_path / "second", 0)
     assert_same_bits(begun["model"], read(finished, 2)["ema"])
-    card = cards.read(weights)
+    card = cards.read_card(weights)
     assert (card["epochs"], len(card["curve"]), card["recipe"]) == (1, 1, gentle.recipe)
     assert [point["epoch"] for point in cards.curve(card)] == [1, 2, 3]
     assert cards.num_epochs(card) == 3
@@ -306,7 +306,7 @@ def test_a_run_may_begin_with_the_average_of_another_and_its_card_tells_of_both(
     with pytest.raises(ValueError, match=r"with after='\w{64}', not after=None; take another output folder"):
         pretrain(gentle, tmp_path / "second", task=task)
     third = pretrain(gentle, tmp_path / "third", task=task, after=tmp_path / "second/checkpoints/epoch-0001.pt")
-    assert [run["epoch"] for run in cards.read(third)["before"]] == [2, 1]
+    assert [run["epoch"] for run in cards.read_card(third)["before"]] == [2, 1]
     for wrong in ({"backbone": "test_resnet"}, {"seed": 1}):
         with pytest.raises(ValueError, match=r"epoch-0002.pt is of 'test_vit' on images \w{8}, split \w{8}; to begin"):
             pretrain(small_config(**wrong), tmp_path / "other", task=task, after=first)
@@ -440,8 +440,8 @@ def test_every_shipped_backbone_has_weights_and_epochs_take_little_room():
 
 @pytest.mark.parametrize("path", shipped_files(), ids=lambda path: path.stem)
 def test_a_shipped_file_is_what_its_card_says_and_the_text_is_made_from_the_json(path):
-    assert cards.problems(path) == []
-    card = cards.read(path)
+    assert cards.card_problems(path) == []
+    card = cards.read_card(path)
     assert path.with_suffix(".md").read_text() == cards.text(card)
     assert "non-commercial" in card["note"]
 
@@ -451,11 +451,11 @@ def test_a_shipped_file_is_what_its_card_says_and_the_text_is_made_from_the_json
 def test_shipped_files_reach_the_top1_of_their_cards():
     whole = tasks.load("tiny_imagenet", 64)
     for path in shipped_files():
-        card = cards.read(path)
+        card = cards.read_card(path)
         task = exports.first_classes(whole, card["data"]["classes"])
         assert (task.digest, len(task.test)) == (card["data"]["digest"], card["test"]["images"])
         model = backbones.load(path.stem, num_classes=len(task.classes), device="cpu")
-        _, top1 = exports.evaluate(model, task.test, torch.arange(len(task.test)))
+        _, top1 = exports.loss_and_accuracy(model, task.test, torch.arange(len(task.test)))
         assert top1 == pytest.approx(card["test"]["top1"], abs=2 / len(task.test))
 
 
@@ -493,14 +493,14 @@ EARLIER = {"hours": 1.0, "curve": [{"epoch": 30, "loss": 2.0}], "sha256": "0" * 
 
 def change(weights: Path, **changes: object) -> None:
     """Another card, as JSON alone."""
-    weights.with_suffix(".json").write_text(json.dumps(cards.read(weights) | changes))
+    weights.with_suffix(".json").write_text(json.dumps(cards.read_card(weights) | changes))
 
 
 def test_shipping_replaces_all_of_a_backbone_and_leaves_the_others(exported, tmp_path, monkeypatch):
     folder = tmp_path / "shipped"
     last, early, later = (exported / f"vit_micro{tag}.safetensors" for tag in ("", ".epoch-0002", ".epoch-0008"))
     ship([last, early, exported / "resnet_micro.safetensors"], folder)
-    was = cards.read(last)
+    was = cards.read_card(last)
     change(last, recipe=was["recipe"] | {"mixup": 0.2}, before=[{"epoch": 30, "recipe": was["recipe"]} | EARLIER])
     ship([last, early], folder)  # an epoch of the run before
     change(last, **{"before": [], **was})
@@ -510,7 +510,7 @@ def test_shipping_replaces_all_of_a_backbone_and_leaves_the_others(exported, tmp
     assert stems == {"vit_micro", "vit_micro.epoch-0008", "resnet_micro"}
     assert len(list(folder.iterdir())) == 9
     assert (folder / last.name).read_bytes() == last.read_bytes()
-    assert (folder / "vit_micro.md").read_text() == cards.text(cards.read(last))
+    assert (folder / "vit_micro.md").read_text() == cards.text(cards.read_card(last))
 
     monkeypatch.setattr(backbones.loading, "shipped_folder", lambda: folder)
     assert backbones.checkpoints("vit_micro") == ("vit_micro.random", "vit_micro.epoch-0008", "vit_micro")
@@ -538,14 +538,14 @@ def test_what_may_not_ship_is_refused_and_nothing_is_written(exported, tmp_path)
     refused("epoch-0002.safetensors began from seed 1, but vit_micro.random", last, early)
     change(early, recipe={"size": 64, "epochs": 20, "seed": 0})
     refused("are of two runs: they differ in recipe", last, early)
-    was = cards.read(last)
+    was = cards.read_card(last)
     change(last, before=[{"epoch": 7, "recipe": was["recipe"]} | EARLIER])
     refused(
         "epoch-0008.safetensors is not on the way to vit_micro.safetensors, which left that run at epoch 7", last, late
     )
     change(last, before=[])
-    again = [{"epoch": 30, "recipe": cards.read(last)["recipe"]}]
-    change(early, recipe=cards.read(last)["recipe"], before=again)
+    again = [{"epoch": 30, "recipe": cards.read_card(last)["recipe"]}]
+    change(early, recipe=cards.read_card(last)["recipe"], before=again)
     refused("epoch-0002.safetensors did not begin with random weights; ship epochs of the first run", last, early)
     change(early, before=[{"epoch": 2, "recipe": {"seed": 1}}])
     refused("epoch-0002.safetensors began from seed 1, but vit_micro.random", last, early)

@@ -108,7 +108,7 @@ def test_long_work_shows_where_it_is(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(profile, "progress", note)
     metrics.layer_profile(tiny.backbone("vit"), tiny.images("vit", 6), batch_size=2)
-    assert [desc for desc, _ in shown] == ["receptive fields", "gradient reach", "spectra", "similarity", "attention"]
+    assert [desc for desc, _ in shown] == ["receptive fields", "gradient spread", "spectra", "similarity", "attention"]
     assert [num for _, num in shown] == [3, 3, 3, 1, 3]
 
 

@@ -1,10 +1,12 @@
 """The project's own promises: directions of imports, pinned packages, one version, no machine's paths."""
 
+import ast
 import graphlib
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -142,6 +144,54 @@ def test_make_installs_the_extras():
     assert f"'.[{','.join(INSTALLED)}]'" in (ROOT / "constraints.txt").read_text()
 
 
+# ------------------------------------------------------------------------------------ names of definitions
+
+
+def defined(statements: Iterable[ast.stmt]) -> Iterator[str]:
+    """Names that a module defines at its top level, also inside `if`, `for`, `with` and `try`; no dunders.
+
+    A command in `__main__` does not count: nobody imports it, and its name is the word that users type.
+    """
+    for statement in statements:
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names = [] if "app.command()" in map(ast.unparse, statement.decorator_list) else [statement.name]
+        elif isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            parts = [node for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)]
+            names = [part.id for part in parts if isinstance(part.ctx, ast.Store)]
+        else:
+            blocks = [getattr(statement, block, []) for block in ("body", "orelse", "finalbody", "handlers")]
+            names = [name for block in blocks for name in defined(block)]
+        yield from (name for name in names if not name.startswith("__"))
+
+
+def test_definitions_are_read_in_every_spelling():
+    source = """
+from a import b as c
+def f(): g = 1
+class D: h = 1
+i = j, (k, *_l) = m[n] = 1
+o: int = 1
+try: p = 1
+except E: q = 1
+else:
+    if r: s = 1
+__t__ = 1
+@app.command()
+def u(): ...
+"""
+    assert list(defined(ast.parse(source).body)) == ["f", "D", "i", "j", "k", "_l", "o", "p", "s", "q"]
+
+
+def test_each_top_level_name_is_defined_once():
+    homes: dict[str, set[str]] = {}
+    for module, path in MODULES.items():
+        for name in defined(ast.parse(path.read_text("utf-8")).body):
+            homes.setdefault(name, set()).add(module)
+    twice = {name: modules for name, modules in homes.items() if len(modules) > 1}
+    assert not twice
+
+
 # ----------------------------------------------------------------------------------- packages and versions
 
 
@@ -210,6 +260,16 @@ def test_readme_gives_the_two_commands():
     readme = (ROOT / "README.md").read_text()
     assert "make test" in readme
     assert "make figures" in readme
+
+
+def test_the_glossary_is_linked_and_gives_each_word_one_sentence():
+    for page in ("README.md", "CONTRIBUTING.md"):
+        assert "[GLOSSARY.md](GLOSSARY.md)" in (ROOT / page).read_text()
+    for entry in (ROOT / "GLOSSARY.md").read_text().split("\n- ")[1:]:
+        words, _, sentence = " ".join(entry.partition("\n\n")[0].split()).partition(": ")
+        assert re.fullmatch(r"\*\*[a-z ]+\*\*(, \*\*[a-z ]+\*\*)?", words), entry
+        assert sentence.endswith((".", ".)")), entry
+        assert ". " not in sentence, entry
 
 
 def test_every_make_target_says_what_it_does():

@@ -148,8 +148,8 @@ def test_saving_and_loading_changes_no_logit(family: str, shape: methods.Shape, 
     backbone, x = tiny.backbone(family), tiny.images(family, 3)
     prompt = random_prompt(backbone, sites.list_sites(backbone)[2], shape)
     for linear in (None, nn.Linear(backbone(x).shape[1], 5)):
-        path = files.save(tmp_path / "prompt.safetensors", prompt, backbone, linear)
-        loaded = files.load(path, backbone)
+        path = files.save_prompt(tmp_path / "prompt.safetensors", prompt, backbone, linear)
+        loaded = files.load_prompt(path, backbone)
         assert torch.equal(loaded(x), AdaptedBackbone(backbone, prompt, linear)(x))
         assert (loaded.prompt.site, loaded.prompt.shape) == (prompt.site, prompt.shape)
         assert not any(p.requires_grad for p in loaded.parameters())
@@ -158,7 +158,7 @@ def test_saving_and_loading_changes_no_logit(family: str, shape: methods.Shape, 
 def test_a_file_is_kilobytes_and_holds_no_weight_of_the_backbone(tmp_path: Path):
     backbone = backbones.load("vit_micro", device="cpu")
     prompt = ActivationPrompt.zeros(backbone, "blocks.3")
-    path = files.save(tmp_path / "prompt.safetensors", prompt, backbone, nn.Linear(128, 10))
+    path = files.save_prompt(tmp_path / "prompt.safetensors", prompt, backbone, nn.Linear(128, 10))
     with safe_open(path, "pt") as file:
         place = "edits.blocks.4:input"
         names = {f"{place}.values", f"{place}.unit", f"{place}.activation_norm", "head.weight", "head.bias"}
@@ -180,25 +180,25 @@ def test_a_file_is_kilobytes_and_holds_no_weight_of_the_backbone(tmp_path: Path)
         "digest": backbones.digest(backbone),
         "load_arguments": {"name": "vit_micro"},
     }
-    assert config == files.describe(path)
+    assert config == files.describe_file(path)
     assert [file.name for file in tmp_path.iterdir()] == ["prompt.safetensors"]
 
 
 def test_another_backbone_is_refused(tmp_path: Path):
     backbone = tiny.backbone("vit")
-    path = files.save(tmp_path / "p.safetensors", random_prompt(backbone, "blocks.1"), backbone)
+    path = files.save_prompt(tmp_path / "p.safetensors", random_prompt(backbone, "blocks.1"), backbone)
     with pytest.raises(ValueError, match="trained for the backbone 'tiny_vit', not 'tiny_resnet'; load that one"):
-        files.load(path, tiny.backbone("resnet"))
+        files.load_prompt(path, tiny.backbone("resnet"))
 
 
 def test_other_weights_are_refused(tmp_path: Path):
     backbone = tiny.backbone("vit")
-    path = files.save(tmp_path / "p.safetensors", random_prompt(backbone, "blocks.1"), backbone)
+    path = files.save_prompt(tmp_path / "p.safetensors", random_prompt(backbone, "blocks.1"), backbone)
     other = tiny.backbone.__wrapped__("vit")
-    assert isinstance(files.load(path, other), AdaptedBackbone)  # another object, the same weights
+    assert isinstance(files.load_prompt(path, other), AdaptedBackbone)  # another object, the same weights
     other.norm.bias.data[0] += 1e-6
     with pytest.raises(ValueError, match="trained for other weights of 'tiny_vit'"):
-        files.load(path, other)
+        files.load_prompt(path, other)
 
 
 def rewrite(path: Path, tensors: dict | None = None, **changes: object) -> Path:
@@ -215,7 +215,7 @@ def rewrite(path: Path, tensors: dict | None = None, **changes: object) -> Path:
 def saved(tmp_path: Path) -> Path:
     backbone = tiny.backbone("vit")
     linear = nn.Linear(32, 3)
-    return files.save(tmp_path / "p.safetensors", random_prompt(backbone, "blocks.1"), backbone, linear)
+    return files.save_prompt(tmp_path / "p.safetensors", random_prompt(backbone, "blocks.1"), backbone, linear)
 
 
 def test_a_wrong_shape_or_site_is_refused(saved: Path):
@@ -225,10 +225,10 @@ def test_a_wrong_shape_or_site_is_refused(saved: Path):
         options = json.loads(file.metadata()["apthory"])["options"]
     other = tensors | {f"{place}.values": torch.zeros(3, 32)}
     with pytest.raises(ValueError, match=r"p.safetensors does not fit 'tiny_vit' .*it may be damaged: save it anew"):
-        files.load(rewrite(saved, other, tensors_sha256=files._digest(other)), backbone)
-    rewrite(saved, tensors, tensors_sha256=files._digest(tensors))
+        files.load_prompt(rewrite(saved, other, tensors_sha256=files._tensors_digest(other)), backbone)
+    rewrite(saved, tensors, tensors_sha256=files._tensors_digest(tensors))
     with pytest.raises(ValueError, match=r"no module 'blocks.9'"):
-        files.load(rewrite(saved, options=options | {"site": "blocks.9:input"}), backbone)
+        files.load_prompt(rewrite(saved, options=options | {"site": "blocks.9:input"}), backbone)
 
 
 @pytest.mark.parametrize(
@@ -251,16 +251,16 @@ def test_a_wrong_shape_or_site_is_refused(saved: Path):
 )
 def test_metadata_that_cannot_be_right_are_refused(changes: dict, fault: str, saved: Path):
     with pytest.raises(ValueError, match=fault):
-        files.load(rewrite(saved, **changes), tiny.backbone("vit"))
+        files.load_prompt(rewrite(saved, **changes), tiny.backbone("vit"))
 
 
 def test_a_renamed_head_is_refused_instead_of_lost(saved: Path):
     with safe_open(saved, "pt") as file:
         tensors = {name.replace("head.", "haed."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     with pytest.raises(ValueError, match=r"its tensors are not those that were saved"):
-        files.load(rewrite(saved, tensors), tiny.backbone("vit"))
+        files.load_prompt(rewrite(saved, tensors), tiny.backbone("vit"))
     with pytest.raises(ValueError, match=r"a head of the kind 'linear' has the tensors .*, and there are \[\]"):
-        files.load(rewrite(saved, tensors, tensors_sha256=files._digest(tensors)), tiny.backbone("vit"))
+        files.load_prompt(rewrite(saved, tensors, tensors_sha256=files._tensors_digest(tensors)), tiny.backbone("vit"))
 
 
 def test_a_flipped_bit_is_refused(saved: Path):
@@ -268,7 +268,7 @@ def test_a_flipped_bit_is_refused(saved: Path):
     content[-100] ^= 16  # in the last tensor
     saved.write_bytes(content)
     with pytest.raises(ValueError, match="is damaged: its tensors are not those that were saved; save it anew, or cop"):
-        files.load(saved, tiny.backbone("vit"))
+        files.load_prompt(saved, tiny.backbone("vit"))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -279,18 +279,18 @@ def test_values_that_are_not_finite_are_neither_saved_nor_loaded(value: float, s
         prompt.delta[0, 0] = value
     before = saved.read_bytes()
     with pytest.raises(ValueError, match=r"edits.blocks.2:input.values has values that are not finite, so .* not writ"):
-        files.save(saved, prompt, backbone)
+        files.save_prompt(saved, prompt, backbone)
     assert saved.read_bytes() == before
     with safe_open(saved, "pt") as file:
         tensors = {name: torch.full_like(file.get_tensor(name), value) for name in file.keys()}  # noqa: SIM118
     with pytest.raises(ValueError, match=r"is damaged: .* has values that are not finite"):
-        files.load(rewrite(saved, tensors, tensors_sha256=files._digest(tensors)), backbone)
+        files.load_prompt(rewrite(saved, tensors, tensors_sha256=files._tensors_digest(tensors)), backbone)
 
 
 def test_metadata_that_are_no_json_are_refused(tmp_path: Path):
     save_file({"prompt": torch.zeros(17, 32)}, tmp_path / "p.safetensors", {"apthory": '{"format": "apthory.p'})
     with pytest.raises(ValueError, match=r"p.safetensors is not a prompt saved by apthory \(its metadata are no JSON"):
-        files.load(tmp_path / "p.safetensors", tiny.backbone("vit"))
+        files.load_prompt(tmp_path / "p.safetensors", tiny.backbone("vit"))
 
 
 # ---------------------------------------------------------------------------------- files of version 0.1.0
@@ -308,10 +308,10 @@ def test_a_file_of_version_0_1_0_gives_its_logits_and_can_be_saved_anew(
     name: str, resnet_micro: nn.Module, tmp_path: Path
 ):
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    model = files.load(OLD / f"{name}.safetensors", resnet_micro)
+    model = files.load_prompt(OLD / f"{name}.safetensors", resnet_micro)
     with torch.no_grad():
         torch.testing.assert_close(model(x), load_file(OLD / "logits.safetensors")[name], rtol=1e-4, atol=1e-4)
-        again = files.load(files.save_model(tmp_path / "new.safetensors", model), resnet_micro)
+        again = files.load_prompt(files.save_model(tmp_path / "new.safetensors", model), resnet_micro)
         assert torch.equal(again(x), model(x))
 
 
@@ -329,7 +329,7 @@ def test_a_damaged_file_of_version_0_1_0_is_refused(
 ):
     path = shutil.copy(OLD / f"{name}.safetensors", tmp_path / "p.safetensors")
     with pytest.raises(ValueError, match=fault):
-        files.load(rewrite(path, **changes), resnet_micro)
+        files.load_prompt(rewrite(path, **changes), resnet_micro)
 
 
 def test_a_renamed_head_of_version_0_1_0_is_refused(resnet_micro: nn.Module, tmp_path: Path):
@@ -338,31 +338,31 @@ def test_a_renamed_head_of_version_0_1_0_is_refused(resnet_micro: nn.Module, tmp
         path = shutil.copy(OLD / "full.safetensors", tmp_path / "p.safetensors")
         renamed = {name.replace(old, new): value for name, value in tensors.items()}
         with pytest.raises(ValueError, match="is damaged"):
-            files.load(rewrite(path, renamed), resnet_micro)
+            files.load_prompt(rewrite(path, renamed), resnet_micro)
 
 
 @pytest.mark.parametrize("metadata", [None, {"apthory": "{}"}, {"apthory": '{"format": "apthory.prompt/99"}'}])
 def test_a_file_that_is_no_prompt_is_refused(metadata: dict | None, tmp_path: Path):
     save_file({"prompt": torch.zeros(17, 32)}, tmp_path / "p.safetensors", metadata)
     with pytest.raises(ValueError, match=r"p.safetensors is not a prompt saved by apthory"):
-        files.load(tmp_path / "p.safetensors", tiny.backbone("vit"))
+        files.load_prompt(tmp_path / "p.safetensors", tiny.backbone("vit"))
 
 
 def test_a_file_of_another_format_is_refused(tmp_path: Path):
     (tmp_path / "p.jpg").write_bytes(b"\xff\xd8\xff" * 20)
     with pytest.raises(ValueError, match=r"p.jpg is not a prompt saved by apthory .*Fit.save"):
-        files.load(tmp_path / "p.jpg", tiny.backbone("vit"))
+        files.load_prompt(tmp_path / "p.jpg", tiny.backbone("vit"))
 
 
 def test_a_missing_file_is_named(tmp_path: Path):
     with pytest.raises(OSError, match=r"nothing.safetensors"):
-        files.load(tmp_path / "nothing.safetensors", tiny.backbone("vit"))
+        files.load_prompt(tmp_path / "nothing.safetensors", tiny.backbone("vit"))
 
 
 def test_an_interrupted_save_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     backbone, x = tiny.backbone("vit"), tiny.images("vit", 2)
     first, second = (random_prompt(backbone, "blocks.1", seed=seed) for seed in (0, 1))
-    path = files.save(tmp_path / "p.safetensors", first, backbone)
+    path = files.save_prompt(tmp_path / "p.safetensors", first, backbone)
 
     def interrupted(descriptor: int) -> None:
         raise KeyboardInterrupt
@@ -370,7 +370,7 @@ def test_an_interrupted_save_leaves_the_old_file_whole(tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "fsync", interrupted)  # the last step before the file gets its name
     for target in (path, tmp_path / "new.safetensors"):
         with pytest.raises(KeyboardInterrupt):
-            files.save(target, second, backbone)
+            files.save_prompt(target, second, backbone)
     assert [file.name for file in tmp_path.iterdir()] == ["p.safetensors"]
     with torch.no_grad():
-        assert torch.equal(files.load(path, backbone)(x), AdaptedBackbone(backbone, first)(x))
+        assert torch.equal(files.load_prompt(path, backbone)(x), AdaptedBackbone(backbone, first)(x))

@@ -16,7 +16,7 @@ import tiny
 import torch
 from torch import nn
 
-from apthory import methods, sites, tasks, training
+from apthory import equivalence, methods, sites, tasks, training
 from apthory.methods import Edit, Method, edits, files, registry
 from apthory.training import Configuration, Fit, Recipe
 
@@ -397,7 +397,7 @@ def test_every_method_is_exported_saved_loaded_and_evaluated_alike(
     x = training.run_prefix(backbone, nn.Sequential(), task.test, "float32", fits[0].split.test)
     x = torch.stack(x)
     for fit, evaluation in zip(fits, training.evaluate(fits, task), strict=True):
-        loaded = files.load(fit.save(tmp_path / "saved.safetensors"), backbone)
+        loaded = files.load_prompt(fit.save(tmp_path / "saved.safetensors"), backbone)
         assert loaded.classes == task.classes
         with torch.no_grad():
             logits = fit.model(x)
@@ -417,6 +417,29 @@ def test_what_needs_no_layer_of_its_own_becomes_weights(fits_of):
         assert model.weights
         backbone = model.merged()[0]
         assert type(backbone) is type(tiny.backbone("vit"))
+
+
+@pytest.mark.parametrize("name", ["ap channel", "norm", "low_rank", "fine_tuning", "linear_probe"])
+def test_what_folds_leaves_the_backbone_as_it_is_built(name: str, fits_of):
+    backbone, model, x = tiny.backbone("vit"), fits_of(name)[0].model, tiny.images("vit", 2)
+    folded = equivalence.fold(model)
+    assert [type(module) for module in folded[0].modules()] == [type(module) for module in backbone.modules()]
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
+        assert name == "linear_probe" or not torch.allclose(folded[0](x), backbone(x), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("ap", "no bias near 'blocks.1:input' equals this prompt"),
+        ("adapter", "the Adapter at 'blocks.1:input' is no prompt that a bias could hold"),
+        ("site_probe", "does not run the whole backbone"),
+    ],
+)
+def test_what_does_not_fold_is_an_error(name: str, fault: str, fits_of):
+    with pytest.raises(ValueError, match=fault):
+        equivalence.fold(fits_of(name)[0].model)
 
 
 def test_partial_tuning_changes_what_comes_after_its_site_and_nothing_else(fits_of):

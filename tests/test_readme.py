@@ -10,11 +10,13 @@ from PIL import Image
 import apthory as ap
 
 TESTS = Path(__file__).parent
+_SMALL_CLIP = """embed_dim=16, text_cfg={"layers": 2, "width": 32, "heads": 2}, vision_cfg={
+    "image_size": 64, "layers": 3, "width": 32, "head_width": 16, "patch_size": 16}"""
 # What a test cannot download or wait for, and what stands for it. The rest of each block runs as it is printed.
 INSTEAD = {
     '"vit_small_patch16_224"': '"vit_micro"',
-    '"ViT-B-32", "openai"': '"ViT-B-32", None, embed_dim=16, text_cfg={"layers": 2, "width": 32, "heads": 2}, '
-    'vision_cfg={"image_size": 64, "layers": 3, "width": 32, "head_width": 16, "patch_size": 16}',
+    '"ViT-B-32", "openai"': f'"ViT-B-32", None, {_SMALL_CLIP}',
+    '"clip:ViT-B-32"': f'"clip:ViT-B-32", pretrained=False, {_SMALL_CLIP}',
     "size=224": "size=64",
     "num_epochs=10, num_train=400, num_validation=100, num_test=500": "num_epochs=2, num_train=40, num_validation=20",
     "seeds=[0, 1, 2]": "seeds=[0, 1]",

@@ -1,4 +1,4 @@
-"""Claims about fields and reach: closed forms of convolution, attention and pooling, and slow ways to the same."""
+"""Claims about fields and spread: closed forms of convolution, attention and pooling, and slow ways to the same."""
 
 import math
 from functools import partial
@@ -215,7 +215,7 @@ def test_an_unknown_operation_is_named():
         receptive.theoretical_fields(Odd().eval(), noise(1), [":output"])
 
 
-# ---------------------------------------------------------------------------------------------- reach
+# --------------------------------------------------------------------------------------------- spread
 
 
 class Readout(nn.Module):
@@ -229,17 +229,19 @@ class Readout(nn.Module):
         return self.flat(self.reading(self.first(x)))
 
 
-@pytest.mark.parametrize(("reading", "reach", "coverage"), [
+@pytest.mark.parametrize(("reading", "spread", "coverage"), [
     (nn.AdaptiveAvgPool2d(1), 36, 36),  # every position alike
     (nn.AdaptiveMaxPool2d(1), 1, None),  # one position an image, another one in each
     (nn.AdaptiveAvgPool2d((1, 2)), 36, 36),  # two halves, in random directions of equal size
 ])  # fmt: skip
-def test_reach_of_pooling(reading: nn.Module, reach: float, coverage: float | None):
+def test_spread_of_pooling(reading: nn.Module, spread: float, coverage: float | None):
     model, x = drawn(Readout(reading)), noise(40, side=6)
-    found = receptive.gradient_reach(model, x, ["first"])["first"]
+    found = receptive.gradient_spread(model, x, ["first"])["first"]
     assert found.positions == 36
-    assert found.reach == pytest.approx(reach, rel=1e-12)
-    assert found.share == found.reach / 36
+    assert found.spread == pytest.approx(spread, rel=1e-12)
+    assert found.share == found.spread / 36
+    with pytest.warns(DeprecationWarning, match=r"^GradientSpread.reach is GradientSpread.spread now; "):
+        assert found.reach == found.spread
     if coverage is None:
         places = torch.bincount(model.first(x).flatten(1).argmax(1), minlength=36).double()
         coverage = float(places.sum().square() / places.square().sum())
@@ -247,7 +249,7 @@ def test_reach_of_pooling(reading: nn.Module, reach: float, coverage: float | No
 
 
 @pytest.mark.parametrize("family", ["vit", "swin", "resnet"])
-def test_reach_is_that_of_each_image_alone(family: str):
+def test_spread_is_that_of_each_image_alone(family: str):
     """Against one backward pass for each image and site, and sums made by another module."""
     model, x = tiny.backbone(family, torch.float64), tiny.images(family, 5, dtype=torch.float64)
     target = torch.randn(5, model(x[:1]).shape[1], dtype=torch.float64)
@@ -256,7 +258,7 @@ def test_reach_is_that_of_each_image_alone(family: str):
     def loss(features: Tensor, index: Tensor) -> Tensor:
         return (features - target[index]).square().sum(1)
 
-    fast = receptive.gradient_reach(model, [x[:3], x[3:]], places, readout=loss)
+    fast = receptive.gradient_spread(model, [x[:3], x[3:]], places, readout=loss)
     for site in places:
         rows = []
         for index in range(5):
@@ -265,18 +267,20 @@ def test_reach_is_that_of_each_image_alone(family: str):
                 value = loss(model(x[index : index + 1]), torch.tensor([index])).sum()
             rows.append(torch.autograd.grad(value, shift)[0])
         slow = tangent.Gradients.of(torch.cat(rows), sites.channel_axis(model, site))
-        assert fast[site].reach == pytest.approx(slow.reach, rel=1e-9)
+        assert fast[site].spread == pytest.approx(slow.reach, rel=1e-9)
         assert fast[site].coverage == pytest.approx(slow.coverage, rel=1e-9)
 
 
 def test_only_the_class_token_is_read_after_the_last_block():
-    found = receptive.gradient_reach(tiny.backbone("vit"), tiny.images("vit", 3), ["blocks.2:output", "blocks.2:input"])
-    assert found["blocks.2:output"].reach == 1
+    found = receptive.gradient_spread(
+        tiny.backbone("vit"), tiny.images("vit", 3), ["blocks.2:output", "blocks.2:input"]
+    )
+    assert found["blocks.2:output"].spread == 1
     assert found["blocks.2:output"].positions == 17
-    assert found["blocks.2:input"].reach > 1
+    assert found["blocks.2:input"].spread > 1
 
 
-@pytest.mark.parametrize("metric", [receptive.receptive_fields, receptive.gradient_reach])
+@pytest.mark.parametrize("metric", [receptive.receptive_fields, receptive.gradient_spread])
 def test_one_forward_pass_serves_all_sites_and_leaves_no_trace(metric):
     model, calls = tiny.backbone("vit"), []
     before, places = backbones.digest(model), sites.list_sites(model)
@@ -290,7 +294,7 @@ def test_one_forward_pass_serves_all_sites_and_leaves_no_trace(metric):
 
 # ---------------------------------------------------------------------------------------------- bad input
 
-METRICS = [receptive.receptive_fields, receptive.gradient_reach]
+METRICS = [receptive.receptive_fields, receptive.gradient_spread]
 
 
 def test_training_mode_moves_no_statistic_of_a_theoretical_field():
@@ -321,13 +325,13 @@ def test_training_mode_and_no_images_are_refused(metric):
         metric(nn.Conv2d(3, 2, 3).eval(), torch.zeros(0, 3, 8, 8), [":output"])
 
 
-def test_constant_features_have_no_field_and_no_reach():
+def test_constant_features_have_no_field_and_no_spread():
     model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Conv2d(2, 2, 3)).eval()
     nn.init.zeros_(model[1].weight)
     with pytest.raises(ValueError, match=r"no pixel moves .* site '1:output': its features are constant"):
         receptive.receptive_fields(model, torch.randn(2, 3, 8, 8), ["0:output", "1:output"])
     with pytest.raises(ValueError, match=r"no gradient comes back to site '0:output'"):
-        receptive.gradient_reach(model, torch.randn(2, 3, 8, 8), ["0:output"])
+        receptive.gradient_spread(model, torch.randn(2, 3, 8, 8), ["0:output"])
 
 
 # ---------------------------------------------------------------------------------------------- layouts

@@ -24,7 +24,7 @@ RECIPE = {  # the eleven fields that every recorded recipe has
 
 def test_a_cell_is_spelled_as_it_was():
     backbone = {"name": "mobilenetv2_100", "input_size": 128}
-    cell = record_format.cell(
+    cell = record_format.spell_cell(
         backbone, "pacs", {"name": "ap", "site": "blocks.2.0"}, training.Recipe(), (4e-3, 1.6e-2), (0, 1)
     )
     assert list(cell) == ["backbone", "task", "size", "method", "recipe", "learning_rates", "seeds"]
@@ -37,7 +37,7 @@ def test_a_cell_is_spelled_as_it_was():
         "learning_rates": [4e-3, 1.6e-2],
         "seeds": [0, 1],
     }
-    small = record_format.cell(
+    small = record_format.spell_cell(
         {"name": "vit_micro"}, "pacs", {"name": "vp"}, training.Recipe(), (1.0,), (0,), {"how": "random"}
     )
     assert small["size"] == 64

@@ -237,7 +237,7 @@ def test_every_recorded_function_is_where_the_table_of_names_says():
         marked |= set(re.findall(r'versioned\(\d+, name="([\w.]+)"\)', path.read_text()))
     assert marked == registry.PLACES.keys()
     for name in registry.PLACES:
-        assert registry.resolve(name).recorded_as == name
+        assert registry.find_function(name).recorded_as == name
 
 
 NAMES_FOR_EVER = """

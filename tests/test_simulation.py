@@ -69,7 +69,7 @@ def test_ten_thousand_repetitions_do_not_depend_on_the_length_of_chunks():
 # ------------------------------------------------------------------------------------------------ networks
 
 
-def networks(problem: Problem) -> list[simulation.Network]:
+def networks(problem: Problem) -> list[simulation.ReadoutNetwork]:
     return [
         simulation.Attention(problem), simulation.Attention(problem, 0.3), simulation.Convolution(problem),
     ]  # fmt: skip
@@ -129,7 +129,7 @@ def test_training_is_counting_step_by_step(kind: str, r: int, rule: str, step: f
     assert problem.is_lasting(lift)
     stream = list(itertools.islice(simulation.one_pass(problem, 5, 1, generator(3)), 150))
     counts = torch.zeros(5, K, dtype=torch.float64)
-    for samples, prompt in zip(stream, simulation.descend(network, stream, step=step, rule=rule), strict=True):
+    for samples, prompt in zip(stream, simulation.train_prompts(network, stream, step=step, rule=rule), strict=True):
         counts += torch.nn.functional.one_hot(samples.window[:, 0], K) * (samples.label == 1)
         expected = counts.clamp(max=m) * float(lift)
         torch.testing.assert_close(network.lifts(prompt), expected, rtol=0, atol=1e-12)
@@ -144,12 +144,12 @@ def test_a_step_that_does_not_last_is_undone_by_negatives():
     lifts = [
         network.lifts(prompt)
         for prompt in itertools.islice(
-            simulation.descend(network, simulation.one_pass(problem, 8, 1, generator()), step=2.5), 60
+            simulation.train_prompts(network, simulation.one_pass(problem, 8, 1, generator()), step=2.5), 60
         )
     ]
     moves = torch.stack(lifts).diff(dim=0)
     assert (moves < 0).any()
-    prompts = simulation.descend(network, simulation.one_pass(problem, 2, 1, generator()), step=1e-3)
+    prompts = simulation.train_prompts(network, simulation.one_pass(problem, 2, 1, generator()), step=1e-3)
     with pytest.raises(RuntimeError, match="not repaired yet"):
         simulation.steps_until(network, prompts, limit=20)
 
@@ -171,7 +171,7 @@ def test_batches_take_the_counted_number_of_steps_exactly():
     problem, B = Problem(num_positions=8, reach=2), 4
     network, m = simulation.Attention(problem), problem.visits(problem.lift(STEP), B)
     stream = list(itertools.islice(simulation.one_pass(problem, 6, B, generator(7)), 200))
-    steps = simulation.steps_until(network, simulation.descend(network, stream, step=STEP))
+    steps = simulation.steps_until(network, simulation.train_prompts(network, stream, step=STEP))
     windows = torch.cat([samples.window for samples in stream], 1)
     positive = torch.cat([samples.label for samples in stream], 1) == 1
     visits = (torch.nn.functional.one_hot(windows, 4) * positive[..., None]).cumsum(1)
@@ -187,7 +187,7 @@ def test_after_many_epochs_only_windows_without_a_positive_sample_are_wrong(r: i
         simulation.epochs(problem, 30, 1, generator(2), num_samples=n,
                           num_epochs=problem.visits(problem.lift(STEP, rule)))
     )  # fmt: skip
-    *_, prompt = simulation.descend(network, stream, step=STEP, rule=rule)
+    *_, prompt = simulation.train_prompts(network, stream, step=STEP, rule=rule)
     first = stream[:n]  # the first epoch shows every sample once
     seen = torch.zeros(30, problem.num_windows, dtype=torch.bool)
     for samples in first:
@@ -213,16 +213,16 @@ def test_measured_error_is_the_expected_one():
     prompt = torch.zeros((2, 8, 2), dtype=torch.float64)
     prompt[0, :4, 1], prompt[1, :, 1] = 1.0, 3.0  # half of the windows repaired; all lifted so far that negatives fail
     assert simulation.expected_error(network, prompt).tolist() == [0.25, 0.5]
-    samples = simulation.draw(problem, 2, 4000, generator())
+    samples = simulation.draw_samples(problem, 2, 4000, generator())
     np.testing.assert_allclose(simulation.measured_error(network, prompt, samples), [0.25, 0.5], atol=0.035)
 
 
 def test_departures_are_departures():
     problem = Problem(num_positions=16, reach=4)
-    plain = simulation.draw(problem, 2, 500, generator())
+    plain = simulation.draw_samples(problem, 2, 500, generator())
     assert set((plain.value + 1.5).unique().tolist()) == {-1.0, 1.0}
     assert plain.noise is None
-    varied = simulation.draw(problem, 2, 500, generator(), token_noise=0.5, spread=0.4)
+    varied = simulation.draw_samples(problem, 2, 500, generator(), token_noise=0.5, spread=0.4)
     strength = (varied.value + 1.5) * varied.label
     assert 0.6 <= strength.min() < 0.65
     assert 1.35 < strength.max() <= 1.4

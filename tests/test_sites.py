@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import json
 import re
 import weakref
 from collections import OrderedDict
@@ -10,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 
+import numpy as np
 import pytest
 import timm
 import tiny
@@ -1052,12 +1052,14 @@ def test_a_description_says_what_the_verbs_for_one_site_say(family: str):
 
 
 @pytest.mark.parametrize("name", ["vit_micro", "resnet_micro"])
-def test_depths_are_those_of_the_studies(name: str):
-    from apthory.studies import cells
-
+def test_depth_is_the_rank_among_block_sites_with_norms_between_by_rank(name: str):
     model = backbones.create(name)
-    for site in sites.describe(model, "all", torch.zeros(1, 3, 64, 64))[::7]:
-        assert site.depth == cells._depth(json.dumps({"name": name}), site.name)
+    described = sites.describe(model, "all", torch.zeros(1, 3, 64, 64))
+    blocks, places = sites.list_sites(model), sites.list_sites(model, "all")
+    bounds = [index for index, place in enumerate(places) if place in blocks]
+    for site in described:
+        position = np.interp(places.index(site.name), bounds, range(len(bounds)))
+        assert site.depth == pytest.approx(float(position) / (len(blocks) - 1), abs=1e-12)
 
 
 def test_any_site_can_be_described_under_any_name():

@@ -16,9 +16,9 @@ PROBE = {"name": "linear_probe"}
 
 @pytest.mark.parametrize("suite", ["embedded", "small"])
 def test_every_checkpoint_has_the_same_prompts_and_a_linear_probe_and_no_more(suite: str):
-    study = during_training.STUDIES[suite]["stages"]
+    study = during_training.STAGE_STUDIES[suite]["stages"]
     assert catalogue.known()[suite]["stages"] is study
-    cells = list(layers.configurations(study))
+    cells = list(layers.layer_cells(study))
     for name in backbones.SHIPPED:
         places = sites.list_sites(backbones.load(name, device="cpu"))[1::2]
         assert (len(places), places[-1].split(":")[-1]) == (5, "output")
@@ -30,9 +30,9 @@ def test_every_checkpoint_has_the_same_prompts_and_a_linear_probe_and_no_more(su
 
 
 def test_the_last_checkpoint_of_the_small_suite_is_a_part_of_sweep_s():
-    layer_study = {json.dumps(cell, sort_keys=True) for cell in layers.configurations(layers.STUDIES["small"]["S"])}
-    study = during_training.STUDIES["small"]["stages"]
-    cells = [json.dumps(cell, sort_keys=True) for cell in layers.configurations(study)]
+    layer_study = {json.dumps(cell, sort_keys=True) for cell in layers.layer_cells(layers.LAYER_STUDIES["small"]["S"])}
+    study = during_training.STAGE_STUDIES["small"]["stages"]
+    cells = [json.dumps(cell, sort_keys=True) for cell in layers.layer_cells(study)]
     trained = [cell for cell in cells if json.loads(cell)["backbone"]["name"] in backbones.SHIPPED]
     assert len(trained) == 2 * 4 * 6
     assert set(trained) <= layer_study
@@ -48,13 +48,13 @@ def test_a_study_runs_and_its_table_names_backbone_and_checkpoint_apart(tmp_path
     )
     small = {"depth": 2, "embed_dim": 16, "num_heads": 2, "device": "cpu"}
     study = replace(
-        during_training.STUDIES["embedded"]["stages"],
+        during_training.STAGE_STUDIES["embedded"]["stages"],
         protocol=protocol,
         backbones=({"name": "vit_micro.random", **small},),
         last_sites=3,
         tasks=("textures",),
     )
-    table = during_training.with_stage(layers.run_study(study, tmp_path))
+    table = during_training.with_stage(layers.run_layer_study(study, tmp_path))
     assert list(table["method"]) == ["linear_probe", "ap", "ap"]
     assert list(table["site"]) == [":output", "blocks.0:input", "blocks.1:output"]
     assert (set(table["backbone"]), set(table["stage"])) == ({"vit_micro"}, {"random"})

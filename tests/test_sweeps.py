@@ -25,7 +25,7 @@ CLOCKS = {"bundle_seconds"}
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> layers.Study:
+def study(tmp_path_factory: pytest.TempPathFactory) -> layers.LayerStudy:
     """A backbone of two blocks in a weight file, and a task in an image folder, so that any process sees the same."""
     folder = tmp_path_factory.mktemp("study")
     spec = {key: value for key, value in SMALL.items() if key != "input_size"}
@@ -38,7 +38,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> layers.Study:
             place = folder / "images" / part / task.classes[label]
             place.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(place / f"{index:03}.png")
-    return layers.Study(
+    return layers.LayerStudy(
         protocol=cells.Protocol(recipe=RECIPE, learning_rates=(2e-2,), seeds=(0, 1), control_seeds=(0,)),
         backbones=({"name": "vit_micro", "weights": str(folder / "weights.safetensors"), "device": "cpu", **SMALL},),
         tasks=(f"folder:{folder / 'images'}",),
@@ -47,7 +47,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> layers.Study:
 
 
 @pytest.fixture(scope="module")
-def done(study: layers.Study, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[records.Record]]:
+def done(study: layers.LayerStudy, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[records.Record]]:
     """The whole study, run once in this process."""
     folder = tmp_path_factory.mktemp("records")
     return folder, layers.fetch_study(study, folder)
@@ -66,9 +66,9 @@ def names(cells: list[dict]) -> list[tuple[str, str]]:
 # ---------------------------------------------------------------------------------------------- cells
 
 
-def test_finer_studies_prompt_after_every_norm_layer_too(study: layers.Study):
-    finer = names(list(layers.configurations(replace(study, finer=True))))
-    added = [cell for cell in finer if cell not in names(list(layers.configurations(study)))]
+def test_finer_studies_prompt_after_every_norm_layer_too(study: layers.LayerStudy):
+    finer = names(list(layers.layer_cells(replace(study, finer=True))))
+    added = [cell for cell in finer if cell not in names(list(layers.layer_cells(study)))]
     assert added == [("ap", f"{place}:output") for place in ("blocks.0.norm1", "blocks.0.norm2", "blocks.1.norm1",
                                                              "blocks.1.norm2", "norm")]  # fmt: skip
 
@@ -76,19 +76,19 @@ def test_finer_studies_prompt_after_every_norm_layer_too(study: layers.Study):
 def test_a_norm_layer_lies_between_the_ends_of_its_block():
     spec = json.dumps({"name": "vit_micro"})
     names = [":input", "blocks.0:input", "blocks.0.norm1:output", "blocks.0.norm2:output", "blocks.1:input"]
-    depths = [cells._depth(spec, name) for name in names]
+    depths = [cells._site_depth(spec, name) for name in names]
     assert depths == pytest.approx([0, 1 / 9, 4 / 27, 5 / 27, 2 / 9])
-    assert cells._depth(spec, "blocks.7:output") == cells._depth(spec, ":output") == 1
+    assert cells._site_depth(spec, "blocks.7:output") == cells._site_depth(spec, ":output") == 1
 
 
 def test_the_paper_suite_names_networks_that_exist():
     for spec in layers.WIDE:
-        model = backbones.create(**cells._architecture(spec))
+        model = backbones.create(**cells._architecture_of(spec))
         assert len(sites.list_sites(model)) > 10
 
 
-def test_cells_are_prompts_and_cheap_controls_first(study: layers.Study):
-    assert names(list(layers.configurations(study))) == [
+def test_cells_are_prompts_and_cheap_controls_first(study: layers.LayerStudy):
+    assert names(list(layers.layer_cells(study))) == [
         ("linear_probe", ""),
         ("ap", "blocks.1:input"),
         ("site_probe", "blocks.1:input"),
@@ -100,18 +100,18 @@ def test_cells_are_prompts_and_cheap_controls_first(study: layers.Study):
     ]
 
 
-def test_all_sites_start_at_the_image_where_prompting_is_visual(study: layers.Study):
+def test_all_sites_start_at_the_image_where_prompting_is_visual(study: layers.LayerStudy):
     every = replace(study, last_sites=None, norm_every=2, frozen_every=3, full=False)
-    prompts = [pair for pair in names(list(layers.configurations(every))) if pair[0] in ("vp", "ap")]
+    prompts = [pair for pair in names(list(layers.layer_cells(every))) if pair[0] in ("vp", "ap")]
     assert prompts == [("vp", ":input"), *(("ap", f"blocks.{end}") for end in ("0:input", "1:input", "1:output"))]
-    chosen = names(list(layers.configurations(every)))
+    chosen = names(list(layers.layer_cells(every)))
     assert [site for name, site in chosen if name == "frozen_head"] == ["blocks.1:input"]
     assert [site for name, site in chosen if name == "norm"] == ["blocks.1:input"]  # none lies after ":input"
     assert not any(name == "full" for name, _ in chosen)
 
 
-def test_a_cell_is_json_and_holds_the_whole_protocol(study: layers.Study):
-    for cell in layers.configurations(study):
+def test_a_cell_is_json_and_holds_the_whole_protocol(study: layers.LayerStudy):
+    for cell in layers.layer_cells(study):
         assert json.loads(json.dumps(cell)) == json.loads(json.dumps(cell, sort_keys=True))
         assert training.Recipe(**cell["recipe"]) == RECIPE
         assert cell["learning_rates"] == [2e-2]
@@ -121,8 +121,10 @@ def test_a_cell_is_json_and_holds_the_whole_protocol(study: layers.Study):
 
 
 def test_studies_are_found_by_name_and_all_of_a_suite_without():
-    assert layers.find_studies("small", "mobilenet, S") == {n: layers.STUDIES["small"][n] for n in ("mobilenet", "S")}
-    assert layers.find_studies("small") == layers.STUDIES["small"]
+    assert layers.find_studies("small", "mobilenet, S") == {
+        n: layers.LAYER_STUDIES["small"][n] for n in ("mobilenet", "S")
+    }
+    assert layers.find_studies("small") == layers.LAYER_STUDIES["small"]
     for suite, names in (("small", "S,nothing"), ("huge", "S"), ("huge", "")):
         with pytest.raises(ValueError, match=f"no study .* in the suite '{suite}'; there are S "):
             layers.find_studies(suite, names)
@@ -131,8 +133,8 @@ def test_studies_are_found_by_name_and_all_of_a_suite_without():
 @pytest.mark.parametrize(("suite", "name"), [("embedded", "S"), ("small", "S"), ("paper", "S5")])
 @pytest.mark.parametrize("backbone", backbones.SHIPPED)
 def test_named_studies_hold_every_block_site_of_the_shipped_backbones(suite: str, name: str, backbone: str):
-    study = replace(layers.STUDIES[suite][name], tasks=("textures",), finer=False)
-    cells = [cell for cell in layers.configurations(study) if cell["backbone"]["name"] == backbone]
+    study = replace(layers.LAYER_STUDIES[suite][name], tasks=("textures",), finer=False)
+    cells = [cell for cell in layers.layer_cells(study) if cell["backbone"]["name"] == backbone]
     places = sites.list_sites(backbones.load(backbone, device="cpu"))
     assert [site for name, site in names(cells) if name in ("vp", "ap")] == places[:: study.site_every]
     assert study.site_every == 1 or suite == "embedded"
@@ -142,7 +144,7 @@ def test_named_studies_hold_every_block_site_of_the_shipped_backbones(suite: str
 
 
 def test_an_unknown_method_lists_those_there_are():
-    with pytest.raises(ValueError, match="no method 'prompt'; expected vp, ap, frozen_head, norm, linear_probe"):
+    with pytest.raises(ValueError, match=r"no method 'prompt'; expected ap, norm, .*, frozen_head, site_probe, full"):
         record_format.method_of({"name": "prompt"})
 
 
@@ -150,9 +152,9 @@ def test_an_unknown_method_lists_those_there_are():
 
 
 def test_records_follow_the_cells_and_end_with_random_prompts_of_the_trained_norms(
-    study: layers.Study, done: tuple[Path, list[records.Record]]
+    study: layers.LayerStudy, done: tuple[Path, list[records.Record]]
 ):
-    main = list(layers.configurations(study))
+    main = list(layers.layer_cells(study))
     found = done[1]
     assert [r.config for r in found[: len(main)]] == json.loads(json.dumps(main))
     trained = [r for r in found if r.config["method"]["name"] == "ap"]
@@ -165,7 +167,7 @@ def test_records_follow_the_cells_and_end_with_random_prompts_of_the_trained_nor
     assert len({r.key for r in found}) == len(found)
 
 
-def test_a_cell_says_what_tuning_and_evaluating_says(study: layers.Study, done: tuple[Path, list[records.Record]]):
+def test_a_cell_says_what_tuning_and_evaluating_says(study: layers.LayerStudy, done: tuple[Path, list[records.Record]]):
     record = next(r for r in done[1] if r.config["method"]["name"] == "ap")
     spec = record.config["backbone"]
     backbone, task = backbones.load(**spec), tasks.load(record.config["task"], 32)
@@ -194,7 +196,7 @@ def test_every_value_is_json(done: tuple[Path, list[records.Record]]):
 
 
 def test_a_finished_study_is_read_and_nothing_is_trained(
-    study: layers.Study, done: tuple[Path, list[records.Record]], monkeypatch: pytest.MonkeyPatch
+    study: layers.LayerStudy, done: tuple[Path, list[records.Record]], monkeypatch: pytest.MonkeyPatch
 ):
     def never(*args: object, **options: object) -> None:
         raise AssertionError("trained again")
@@ -205,7 +207,7 @@ def test_a_finished_study_is_read_and_nothing_is_trained(
 
 @pytest.mark.parametrize("after", [3, 9])
 def test_a_killed_study_goes_on_with_the_same_bits(
-    after: int, study: layers.Study, done: tuple[Path, list[records.Record]], tmp_path: Path
+    after: int, study: layers.LayerStudy, done: tuple[Path, list[records.Record]], tmp_path: Path
 ):
     tune, calls = training.tune, []
 
@@ -229,7 +231,7 @@ def test_a_killed_study_goes_on_with_the_same_bits(
 
 
 def test_an_executor_gives_the_same_records_in_the_same_order(
-    study: layers.Study, done: tuple[Path, list[records.Record]], tmp_path: Path
+    study: layers.LayerStudy, done: tuple[Path, list[records.Record]], tmp_path: Path
 ):
     pools: list[Executor] = [
         ThreadPoolExecutor(1),  # torch.fx traces change the process, so threads cannot share one
@@ -251,7 +253,7 @@ def test_an_executor_gives_the_same_records_in_the_same_order(
 
 
 def test_an_executor_is_given_only_what_is_not_on_record(
-    study: layers.Study, done: tuple[Path, list[records.Record]], tmp_path: Path
+    study: layers.LayerStudy, done: tuple[Path, list[records.Record]], tmp_path: Path
 ):
     given = []
 
@@ -271,8 +273,8 @@ def test_an_executor_is_given_only_what_is_not_on_record(
     assert found[1] == second
 
 
-def test_a_failing_cell_ends_the_sweep_and_keeps_what_is_done(study: layers.Study, tmp_path: Path):
-    first, *_ = layers.configurations(study)
+def test_a_failing_cell_ends_the_sweep_and_keeps_what_is_done(study: layers.LayerStudy, tmp_path: Path):
+    first, *_ = layers.layer_cells(study)
     broken = {**first, "method": {"name": "ap", "site": "blocks.7"}}
     later = [{**first, "learning_rates": [rate]} for rate in (1e-3, 2e-3, 3e-3, 4e-3)]
     with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match=r"no module 'blocks.7'"):
@@ -291,7 +293,7 @@ def test_two_records_of_one_configuration_are_not_told_apart(done: tuple[Path, l
 
 
 def test_without_the_data_a_record_is_taken_as_it_is(
-    study: layers.Study, done: tuple[Path, list[records.Record]], tmp_path: Path
+    study: layers.LayerStudy, done: tuple[Path, list[records.Record]], tmp_path: Path
 ):
     record = done[1][0]
     gone = {**record.config, "task": "caltech101"}
@@ -300,9 +302,9 @@ def test_without_the_data_a_record_is_taken_as_it_is(
         for variable in ("APTHORY_DATA", "APTHORY_WEIGHTS", "APTHORY_FRESH"):
             patch.delenv(variable, raising=False)
         with pytest.warns(UserWarning, match=r"taking the record of .* as it is, since no folder '/nowhere'"):
-            assert cells.fetch(record.config, done[0]) == record
+            assert cells.fetch_cell(record.config, done[0]) == record
         with pytest.raises(ValueError, match="no folder '/nowhere'"):
-            cells.fetch(gone, done[0])
+            cells.fetch_cell(gone, done[0])
 
 
 # ---------------------------------------------------------------------------------------------- tables
@@ -363,8 +365,8 @@ def test_best_sites_are_chosen_by_validation_for_each_task(done: tuple[Path, lis
     assert len(best) == 4  # both seeds of each
 
 
-def test_run_study_is_the_table_of_its_records(study: layers.Study, done: tuple[Path, list[records.Record]]):
-    table = layers.run_study(study, done[0])
+def test_run_study_is_the_table_of_its_records(study: layers.LayerStudy, done: tuple[Path, list[records.Record]]):
+    table = layers.run_layer_study(study, done[0])
     assert list(table["key"]) == list(cells.table(done[1])["key"])
 
 
@@ -381,9 +383,9 @@ def test_the_command_names_the_studies_there_are():
 
 
 def test_the_command_prints_means_of_a_study(
-    study: layers.Study, done: tuple[Path, list[records.Record]], monkeypatch: pytest.MonkeyPatch
+    study: layers.LayerStudy, done: tuple[Path, list[records.Record]], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setitem(layers.STUDIES, "embedded", {"tiny": study})
+    monkeypatch.setitem(layers.LAYER_STUDIES, "embedded", {"tiny": study})
     monkeypatch.setattr(records, "folder", lambda suite: done[0])
     result = CliRunner().invoke(app, ["sweep", "tiny", "--suite", "embedded"])
     assert result.exit_code == 0, result.output

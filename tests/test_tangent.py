@@ -211,7 +211,7 @@ def squared(target):
 def test_newton_solves_a_linear_model_with_squared_loss(linear):
     jacobian, start, target, model = linear
     prompt, ridge = torch.zeros(8, dtype=torch.float64), 0.3
-    found = tangent.newton([tangent.Part(model, squared(target))], prompt, ridge, tolerance=1e-14)
+    found = tangent.newton([tangent.ExampleSet(model, squared(target))], prompt, ridge, tolerance=1e-14)
     rows = jacobian.flatten(0, 1) / 6**0.5
     hessian = rows.T @ rows + ridge * torch.eye(8, dtype=torch.float64)
     gradient = rows.T @ (start - target).flatten() / 6**0.5
@@ -236,7 +236,7 @@ def test_a_solve_that_stops_early_states_what_its_own_step_gains(linear):
 
     gains = []
     for num in (1, 2, 4, 20):
-        found = tangent.newton([tangent.Part(model, squared(target))], prompt, ridge, max_products=num)
+        found = tangent.newton([tangent.ExampleSet(model, squared(target))], prompt, ridge, max_products=num)
         assert found.num_products <= num
         assert found.gain == pytest.approx(regularised(prompt) - regularised(-found.step), rel=1e-9)
         gains.append(found.gain)
@@ -252,7 +252,7 @@ def test_parts_of_the_examples_give_what_all_of_them_give():
         def loss(y):
             return functional.cross_entropy(y, labels[some], reduction="sum") / 7
 
-        return tangent.Part(lambda prompt: torch.tanh((x[some] + prompt) @ weight) @ out, loss)
+        return tangent.ExampleSet(lambda prompt: torch.tanh((x[some] + prompt) @ weight) @ out, loss)
 
     def shifted(some):
         own = x[some]
@@ -280,7 +280,7 @@ def test_products_are_those_of_the_gauss_newton_matrix_and_not_of_the_hessian():
         return functional.cross_entropy(y, labels)
 
     prompt = torch.zeros(4, dtype=torch.float64)
-    gradient, product = tangent.gauss_newton([tangent.Part(model, loss)], prompt)
+    gradient, product = tangent.gauss_newton([tangent.ExampleSet(model, loss)], prompt)
     jacobian = torch.autograd.functional.jacobian(model, prompt)  # (example, class, prompt)
     p = model(prompt).softmax(1)
     curvature = (torch.diag_embed(p) - p[:, :, None] * p[:, None]) / 6
@@ -296,14 +296,14 @@ def test_products_are_those_of_the_gauss_newton_matrix_and_not_of_the_hessian():
 def test_newton_wants_a_ridge(linear):
     _, _, target, model = linear
     with pytest.raises(ValueError, match=r"ridge is 0\.0; the step needs a positive one"):
-        tangent.newton([tangent.Part(model, squared(target))], torch.zeros(8, dtype=torch.float64), 0.0)
+        tangent.newton([tangent.ExampleSet(model, squared(target))], torch.zeros(8, dtype=torch.float64), 0.0)
 
 
 def test_a_prompt_that_the_network_does_not_feel_gains_nothing():
     norm = nn.LayerNorm(5).double()  # blind to the direction 1
     x, labels = rand(6, 5), torch.arange(6) % 5
     ones = torch.ones(5, dtype=torch.float64)
-    part = tangent.Part(lambda prompt: norm(x + prompt * ones), lambda y: functional.cross_entropy(y, labels))
+    part = tangent.ExampleSet(lambda prompt: norm(x + prompt * ones), lambda y: functional.cross_entropy(y, labels))
     found = tangent.newton([part], torch.zeros(1, dtype=torch.float64), 1.0)
     assert abs(found.gain) < 1e-20
 

@@ -375,7 +375,7 @@ def test_a_frozen_head_needs_a_fit_for_each_configuration(task: tasks.Task):
     with pytest.raises(ValueError, match="FrozenHead has 1 fits for 2 configurations; give one for each"):
         training.fit(backbone, task, method, BUNDLE[:2], recipe=RECIPE, head=FrozenHead(probes))
     with pytest.raises(ValueError, match="FrozenHead has 1 fits for 2 seeds; give one for each"):
-        training.tune(backbone, task, method, learning_rates=[0.1], seeds=[0, 1], head=FrozenHead(probes[0]))
+        training.tune(backbone, task, method, learning_rates=[0.1], seeds=[0, 1], head=FrozenHead(probes))
     with pytest.raises(ValueError, match="one kind of head; these have none"):
         FrozenHead([])
 
@@ -434,7 +434,7 @@ def test_every_prompt_learns_under_every_head(kind: str, method: Method, task: t
     torch.testing.assert_close(fits[1].head_state, alone.head_state, rtol=5e-3, atol=5e-4)
     for fit, evaluation in zip(fits, training.evaluate(fits, task), strict=True):
         x = reference.normalized(backbone, task.test, fit.split.test)
-        loaded = files.load(fit.save(tmp_path / "prompt.safetensors"), backbone)
+        loaded = files.load_prompt(fit.save(tmp_path / "prompt.safetensors"), backbone)
         with torch.no_grad():
             logits = fit.model(x)
             assert torch.equal(loaded(x), logits)
@@ -447,7 +447,7 @@ def test_a_mapping_starts_from_all_training_images_however_they_are_chunked(
     head = heads.LabelMapping(source_classifier(), "frequency")
     maps = []
     for chunk in (64, 7):
-        monkeypatch.setattr(training_cache, "_CHUNK", chunk)
+        monkeypatch.setattr(training_cache, "_IMAGES_AT_ONCE", chunk)
         bundle = training.Bundle(tiny.backbone("resnet"), task, LinearProbe(), BUNDLE[:3:2], RECIPE, head=head)
         maps.append(bundle.heads.map.clone())
     assert torch.equal(*maps)
@@ -483,7 +483,7 @@ def test_fits_under_different_heads_are_not_evaluated_together(task: tasks.Task)
     ]
     for other in (fits[1], fits[2]):
         with pytest.raises(ValueError, match="differ in backbone, method, head, recipe or test part"):
-            training.evaluate(task, [fits[0], other])
+            training.evaluate([fits[0], other], task)
 
 
 # ---------------------------------------------------------------------------------- choice and test part
@@ -748,7 +748,7 @@ def test_the_exported_model_predicts_what_evaluate_counts(family: str, shape: st
     for fit, evaluation in zip(fits, training.evaluate(fits, task), strict=True):
         x = reference.normalized(backbone, task.test, fit.split.test)
         labels = task.test.labels[fit.split.test]
-        loaded = files.load(fit.save(tmp_path / "prompt.safetensors"), backbone)
+        loaded = files.load_prompt(fit.save(tmp_path / "prompt.safetensors"), backbone)
         with torch.no_grad():
             logits = fit.model(x)
             assert torch.equal(loaded(x), logits)

@@ -32,7 +32,7 @@ class _Rest:
         return self
 
 
-def create(name: str, num_classes: int = 0, **kwargs: Any) -> nn.Module:
+def create_tower(name: str, num_classes: int = 0, **kwargs: Any) -> nn.Module:
     """A trainable image tower with random weights; no text tower belongs to it.
 
     Args:
@@ -40,11 +40,11 @@ def create(name: str, num_classes: int = 0, **kwargs: Any) -> nn.Module:
         num_classes: 0, as CLIP has no classifier.
         kwargs: Passed on to open_clip.
     """
-    _, tower = _open(_architecture(name, num_classes), None, kwargs)
+    _, tower = _open(_architecture_name(name, num_classes), None, kwargs)
     return tower
 
 
-def load(
+def load_tower(
     name: str,
     pretrained: bool | str | None,
     weights: str | Path | None,
@@ -54,7 +54,7 @@ def load(
     **kwargs: Any,
 ) -> nn.Module:
     """A frozen image tower whose whole CLIP is kept, too; arguments are those of `backbones.load`."""
-    architecture = _architecture(name, num_classes)
+    architecture = _architecture_name(name, num_classes)
     if weights is not None:
         pretrained = str(weight_file(weights))
     elif pretrained is True:
@@ -94,7 +94,7 @@ def _tokenizer(name: str, context_length: int) -> Callable[[list[str]], Tensor]:
     return open_clip.get_tokenizer(name, context_length=context_length)
 
 
-def _architecture(name: str, num_classes: int) -> str:
+def _architecture_name(name: str, num_classes: int) -> str:
     if num_classes:
         raise ValueError(
             f"num_classes is {num_classes}, but {name!r} has no classifier, so expected 0; clip.of(backbone).text_head"

@@ -18,8 +18,8 @@ from apthory.backbones.files import shipped_folder, weight_file
 from apthory.backbones.frozen import as_dict, default_device, freeze
 
 SHIPPED = ("vit_micro", "resnet_micro")
-# The arguments of `load` that a backbone remembers and a file may carry. By none of them can a file from elsewhere run
-# code, as it could by arguments of timm that name checkpoints.
+# The arguments of `load_backbone` that a backbone remembers and a file may carry. By none of them can a file from
+# elsewhere run code, as it could by arguments of timm that name checkpoints.
 _REMEMBERED = (
     "pretrained", "weights", "num_classes", "input_size", "mean", "std",
     "img_size", "patch_size", "pad_type", "global_pool",
@@ -43,7 +43,7 @@ def create(name: str, num_classes: int = 0, **kwargs: Any) -> nn.Module:
         kwargs: Passed on to timm, for instance ``pad_type="same"``, or to open_clip.
     """
     if name.startswith(clip_towers.PREFIX):
-        return clip_towers.create(name, num_classes, **kwargs)
+        return clip_towers.create_tower(name, num_classes, **kwargs)
     family, _ = _split(name)
     if family == "vit_micro":
         shape = {"img_size": 64, "patch_size": 8, "embed_dim": 128, "depth": 8, "num_heads": 4, **kwargs}
@@ -70,7 +70,7 @@ def start(name: str, num_classes: int = 0, seed: int = 0, **kwargs: Any) -> nn.M
 
 
 def checkpoints(name: str) -> tuple[str, ...]:
-    """Names of a shipped backbone for `load`, in the order of its training, from random weights to the last.
+    """Names of a shipped backbone for `load_backbone`, in the order of its training, from random weights to the last.
 
     ``vit_micro.random`` is the start of training, ``vit_micro.epoch-0008`` what it was eight epochs later (there are
     only those epochs whose weights ship), ``vit_micro`` what became of it.
@@ -88,7 +88,7 @@ def card(name: str) -> dict[str, Any]:
     return json.loads(_shipped(name).with_suffix(".json").read_text("utf-8"))
 
 
-def load(
+def load_backbone(
     name: str,
     *,
     pretrained: bool | str | None = True,
@@ -127,7 +127,7 @@ def load(
     given |= {"input_size": input_size, "mean": mean, "std": std, **kwargs}
     place = default_device() if device == "auto" else device
     if name.startswith(clip_towers.PREFIX):
-        model = clip_towers.load(name, pretrained, weights, num_classes, input_size, place, **kwargs)
+        model = clip_towers.load_tower(name, pretrained, weights, num_classes, input_size, place, **kwargs)
     elif isinstance(pretrained, str):
         raise ValueError(
             f"pretrained is {pretrained!r}, expected True or False for {name!r}; name timm's weights after a dot, as "
@@ -148,21 +148,22 @@ def load(
 def load_sized(
     name: str, size: int | None, *, weights: str | Path | None = None, device: str | torch.device = "auto"
 ) -> nn.Module:
-    """`load` for images of a size in pixels, by that argument which the architecture takes; None for its own size."""
+    """`load_backbone` for images of a size in pixels, by that argument which the architecture takes; None: its own."""
     if not size:
-        return load(name, weights=weights, device=device)
+        return load_backbone(name, weights=weights, device=device)
     if getattr(getattr(create(name), "patch_embed", None), "img_size", None):
         try:
-            return load(name, weights=weights, device=device, img_size=size)
+            return load_backbone(name, weights=weights, device=device, img_size=size)
         except ValueError as error:
             raise ValueError(f"{error}; or leave out the size {size}, if the weights are for another one") from error
-    return load(name, weights=weights, device=device, input_size=size)
+    return load_backbone(name, weights=weights, device=device, input_size=size)
 
 
 def load_arguments(model: nn.Module) -> dict[str, Any]:
-    """The arguments by which `load` makes a backbone again, fit for JSON; empty if it was not made so.
+    """The arguments by which `load_backbone` makes a backbone again, fit for JSON; empty if it was not made so.
 
-    The device is not among them, and neither are values that `load` has by itself. Files are named as they were given.
+    The device is not among them, and neither are values that `load_backbone` has by itself. Files are named as they
+    were given.
     """
     return dict(getattr(model, "load_arguments", {}))
 
@@ -171,8 +172,8 @@ def load_again(arguments: Mapping[str, Any], device: str | torch.device = "auto"
     """The backbone whose `load_arguments` these are.
 
     Raises:
-        ValueError: If there are arguments among them that no backbone remembers, and what `load` raises.
-        OSError: As `load`.
+        ValueError: If there are arguments among them that no backbone remembers, and what `load_backbone` raises.
+        OSError: As `load_backbone`.
     """
     name, unknown = arguments.get("name"), arguments.keys() - {"name", *_REMEMBERED}
     if not isinstance(name, str) or unknown:
@@ -180,13 +181,13 @@ def load_again(arguments: Mapping[str, Any], device: str | torch.device = "auto"
             f"cannot load a backbone by {dict(arguments)}; expected a name, and some of {', '.join(_REMEMBERED)}"
         )
     try:
-        return load(**arguments, device=device)
+        return load_backbone(**arguments, device=device)
     except (TypeError, AttributeError) as error:
         raise ValueError(f"cannot load a backbone by {dict(arguments)} ({error}); load it by its name") from error
 
 
 def _as_json(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `load` that differ from its defaults; none at all if JSON has no place for one of them."""
+    """Arguments of `load_backbone` that differ from its defaults; none at all if JSON has no place for one of them."""
     defaults = {"pretrained": True, "num_classes": 0}
     chosen = {key: value for key, value in given.items() if value is not None and value is not defaults.get(key)}
     if isinstance(chosen.get("weights"), Path):
@@ -201,13 +202,13 @@ def _as_json(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 def classifier(
     name: str, *, weights: str | Path | None = None, device: str | torch.device = "auto", **kwargs: Any
 ) -> nn.Linear:
-    """The frozen source classifier that `load` leaves out: on that backbone's features it gives the source logits.
+    """The frozen source classifier that `load_backbone` leaves out: on its features it gives the source logits.
 
     Args:
-        name: As for `load`.
-        weights: As for `load`; the file must hold the classifier too.
-        device: As for `load`.
-        kwargs: As for `load`; those about images make no difference.
+        name: As for `load_backbone`.
+        weights: As for `load_backbone`; the file must hold the classifier too.
+        device: As for `load_backbone`.
+        kwargs: As for `load_backbone`; those about images make no difference.
 
     Raises:
         ValueError: If the name is unknown, the file has no classifier, or the classifier is not linear in the features.
@@ -228,7 +229,7 @@ def classifier(
         num_classes = timm.get_pretrained_cfg(name).num_classes
     else:
         create(name)  # raises, naming what there is
-    layer = load(name, weights=weights, num_classes=num_classes, device=device, **kwargs).get_classifier()
+    layer = load_backbone(name, weights=weights, num_classes=num_classes, device=device, **kwargs).get_classifier()
     if not isinstance(layer, nn.Linear) and not (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1)):
         raise ValueError(f"the classifier of {name!r} is no linear layer on the pooled features: {layer}")
     weight, bias = layer.weight.flatten(1), layer.bias

@@ -26,7 +26,7 @@ PEER = "torch-cka"
 
 
 @records.versioned(1, name="apthory.metric_bench.race")
-def race(
+def race_metrics(
     backbone: Mapping[str, Any], num_images: int, batch_size: int, num_repeats: int = 3, num_maps: int = 3
 ) -> dict[str, Any]:
     """Time CKA of all pairs of blocks, and attention profiles, side by side on the same random images.
@@ -79,14 +79,16 @@ def race(
         "loop without NumPy": lambda step: math.hypot(*step),
     }
     loops = {
-        f"distances of a map, {name}": [partial(_loop_distance, one, grid, norm) for one in maps[:num_maps].cpu()]
+        f"distances of a map, {name}": [
+            partial(_loop_distance, weights, grid, norm) for weights in maps[:num_maps].cpu()
+        ]
         for name, norm in norms.items()
     }
     seconds |= costs.interleaved_seconds({"distances of a layer": ours}, 3 * num_repeats, device)
     for name, loop in loops.items():
         times = costs.interleaved_seconds(dict(enumerate(loop)), 1)
-        seconds[name] = [value for several in times.values() for value in several]
-        difference = torch.stack([one() for one in loop]) - ours()[:num_maps].cpu()
+        seconds[name] = [value for in_turn in times.values() for value in in_turn]
+        difference = torch.stack([work() for work in loop]) - ours()[:num_maps].cpu()
         errors[f"distance beside {name.split(', ')[1]}"] = float(difference.abs().max())
     return {
         "seconds": seconds,
@@ -96,7 +98,7 @@ def race(
     }
 
 
-def summarize(record: records.Record) -> pd.Series:
+def summarize_metrics(record: records.Record) -> pd.Series:
     """Medians, errors, and the ratios that tell who is faster."""
     median = {name: statistics.median(values) for name, values in record["seconds"].items()}
     maps = {name: value for name, value in median.items() if name.startswith("distances of a map")}
@@ -116,7 +118,7 @@ def summarize(record: records.Record) -> pd.Series:
     return pd.Series(rows, name=f"{record.config['backbone']['name']}, {record.config['num_images']} images")
 
 
-def run(
+def run_metrics(
     suite: str, backbone: str = "vit_base_patch16_224", num_images: int = 32, batch_size: int = 32, num_repeats: int = 3
 ) -> records.Record:
     """One race, on a ViT of timm with random weights; the record is made anew."""
@@ -127,7 +129,7 @@ def run(
         "num_repeats": num_repeats,
     }
     folder = records.folder(suite)
-    return records.fetch(race, config, sources=(similarity, attention), folder=folder, fresh=True)
+    return records.fetch(race_metrics, config, sources=(similarity, attention), folder=folder, fresh=True)
 
 
 class _Stored(nn.Module):

@@ -14,12 +14,12 @@ from apthory.benchmarks import prefix_cache
 from apthory.lab import records
 from apthory.studies import record_format
 
-CLIP: Mapping[str, Any] = {"name": "clip:ViT-B-32", "pretrained": None}  # weights at random
-METHODS: Mapping[str, methods.Method] = {"vp": methods.VP(), "evp": methods.EVP(), "adavipro": methods.AdaViPro()}
+RANDOM_CLIP: Mapping[str, Any] = {"name": "clip:ViT-B-32", "pretrained": None}  # its weights are random
+TIMED_METHODS: Mapping[str, methods.Method] = {"vp": methods.VP(), "evp": methods.EVP(), "adavipro": methods.AdaViPro()}
 
 
 @records.versioned(1, name="apthory.pixel_bench.race")
-def race(backbone: Mapping[str, Any], recipe: Mapping[str, Any], num_repeats: int = 3) -> dict[str, Any]:
+def race_pixels(backbone: Mapping[str, Any], recipe: Mapping[str, Any], num_repeats: int = 3) -> dict[str, Any]:
     """Time steps of one configuration and a one-time label mapping on the embedded textures.
 
     - A step of each method (data, prompt, head and optimizer included) stands beside the backbone's bare forward and
@@ -37,16 +37,18 @@ def race(backbone: Mapping[str, Any], recipe: Mapping[str, Any], num_repeats: in
     """
     model, how = backbones.load(**backbone), record_format.recipe_of(recipe)
     task = tasks.load("textures", backbones.input_size(model))
-    over_bare: dict[str, list[float]] = {name: [] for name in METHODS}
+    over_bare: dict[str, list[float]] = {name: [] for name in TIMED_METHODS}
     for _ in progress(range(num_repeats), desc=f"steps of {backbone['name']}"):
-        for name, method in METHODS.items():
+        for name, method in TIMED_METHODS.items():
             over_bare[name].append(prefix_cache.step_over_bare(model, task, method, how, 1))
     mapping = heads.LabelMapping(backbones.classifier(**backbone), how="frequency", counted="images")
-    one = [training.Configuration(learning_rate=prefix_cache.RATES[0])]
+    configurations = [training.Configuration(learning_rate=prefix_cache.LEARNING_RATES[0])]
     works: dict[str, Callable[[], Any]] = {
-        "start, trained head": partial(training.Bundle, model, task, METHODS["vp"], one, how),
-        "start, mapping": partial(training.Bundle, model, task, METHODS["vp"], one, how, head=mapping),
-        "run, mapping": partial(training.fit, model, task, METHODS["vp"], one, recipe=how, head=mapping),
+        "start, trained head": partial(training.Bundle, model, task, TIMED_METHODS["vp"], configurations, how),
+        "start, mapping": partial(training.Bundle, model, task, TIMED_METHODS["vp"], configurations, how, head=mapping),
+        "run, mapping": partial(
+            training.fit, model, task, TIMED_METHODS["vp"], configurations, recipe=how, head=mapping
+        ),
     }
     device = next(model.parameters()).device
     seconds = costs.interleaved_seconds(works, num_repeats, device)
@@ -66,21 +68,25 @@ def race_words(backbone: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[s
     """
     towers, how = clip.of(backbones.load(**backbone)), record_format.recipe_of(recipe)
     task = tasks.load("textures", backbones.input_size(towers.image))
-    one = [training.Configuration(learning_rate=prefix_cache.RATES[0])]
+    configurations = [training.Configuration(learning_rate=prefix_cache.LEARNING_RATES[0])]
     head = towers.text_head(task.classes)
     works: dict[str, Callable[[], Any]] = {
         "text features": partial(towers.text_head, task.classes),
-        "run, text head": partial(training.fit, towers.image, task, METHODS["vp"], one, recipe=how, head=head),
+        "run, text head": partial(
+            training.fit, towers.image, task, TIMED_METHODS["vp"], configurations, recipe=how, head=head
+        ),
     }
     device = next(towers.image.parameters()).device
     return {"seconds": costs.interleaved_seconds(works, 1, device), "device": costs.device_name(device)}
 
 
-def summarize(record: records.Record) -> pd.Series:
+def summarize_pixels(record: records.Record) -> pd.Series:
     """Medians: steps over bare passes, and the mapping's share of a run; or the share of CLIP's text features."""
     if record.name == records.name_of(race_words):
         (words,), (whole,) = record["seconds"].values()
-        return pd.Series({"text features (s)": words, "text features / two epochs": words / whole}, name=CLIP["name"])
+        return pd.Series(
+            {"text features (s)": words, "text features / two epochs": words / whole}, name=RANDOM_CLIP["name"]
+        )
     seconds = {name: median(values) for name, values in record["seconds"].items()}
     extra = seconds["start, mapping"] - seconds["start, trained head"]
     rows = {f"step of {name} / bare": median(values) for name, values in record["step_over_bare"].items()}
@@ -89,7 +95,7 @@ def summarize(record: records.Record) -> pd.Series:
     return pd.Series(rows, name=record.config["backbone"]["name"])
 
 
-def run(suite: str, num_epochs: int = 10, num_repeats: int = 3) -> Iterator[records.Record]:
+def run_pixels(suite: str, num_epochs: int = 10, num_repeats: int = 3) -> Iterator[records.Record]:
     """A race on each of the micro backbones, then one of CLIP's text features; records are made anew.
 
     Args:
@@ -100,6 +106,6 @@ def run(suite: str, num_epochs: int = 10, num_repeats: int = 3) -> Iterator[reco
     sources, folder = (training, methods, heads, prefix_cache, clip), records.folder(suite)
     for name in backbones.SHIPPED:
         config = {"backbone": {"name": name}, "recipe": recipe, "num_repeats": num_repeats}
-        yield records.fetch(race, config, sources=sources, folder=folder, fresh=True)
-    config = {"backbone": CLIP, "recipe": recipe | {"num_epochs": 2}}
+        yield records.fetch(race_pixels, config, sources=sources, folder=folder, fresh=True)
+    config = {"backbone": RANDOM_CLIP, "recipe": recipe | {"num_epochs": 2}}
     yield records.fetch(race_words, config, sources=sources, folder=folder, fresh=True)

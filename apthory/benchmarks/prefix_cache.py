@@ -21,7 +21,7 @@ from apthory.lab import records
 from apthory.studies import record_format
 from apthory.tasks import Task
 
-RATES = (4e-3, 1.6e-2, 6.4e-2)
+LEARNING_RATES = (4e-3, 1.6e-2, 6.4e-2)
 RECIPE = training.Recipe(num_epochs=10, num_train=192, num_validation=48, num_test=48)
 
 
@@ -33,7 +33,7 @@ BACKBONES: Mapping[str, Mapping[str, Any]] = {  # at 64 pixels
 
 
 @records.versioned(1, name="apthory.bench.race")
-def race(
+def race_prefix_cache(
     backbone: Mapping[str, Any],
     recipe: Mapping[str, Any],
     learning_rates: Sequence[float],
@@ -87,7 +87,7 @@ def race(
     return {"sites": rows, "device": costs.device_name(next(model.parameters()).device)}
 
 
-def summarize(record: records.Record) -> pd.DataFrame:
+def summarize_prefix_cache(record: records.Record) -> pd.DataFrame:
     """Gains against their bounds, for the full sweep over sites and for its last quarter."""
     rows = pd.DataFrame(record["sites"])
     recipe, num = record.config["recipe"], len(record.config["learning_rates"])
@@ -128,7 +128,7 @@ def step_over_bare(
     Args:
         num: Configurations in the stack, one batch each.
     """
-    configurations = [training.Configuration(learning_rate=rate) for rate in RATES[:num]]
+    configurations = [training.Configuration(learning_rate=rate) for rate in LEARNING_RATES[:num]]
     bundle = training.Bundle(model, task, method, configurations, recipe)
     chunks = [bundle.splits[0].train[: recipe.batch_size]] * num
     prefix, plain = sites.split(model, method.site)
@@ -147,7 +147,7 @@ def step_over_bare(
     return float(np.median(seconds["step"]) / np.median(seconds["bare"]))
 
 
-def run(suite: str, num_epochs: int = RECIPE.num_epochs, only: str = "") -> Iterator[records.Record]:
+def run_prefix_cache(suite: str, num_epochs: int = RECIPE.num_epochs, only: str = "") -> Iterator[records.Record]:
     """A race on each of `BACKBONES`, or on one of them alone; records are made anew, since a machine is measured.
 
     Raises:
@@ -159,9 +159,11 @@ def run(suite: str, num_epochs: int = RECIPE.num_epochs, only: str = "") -> Iter
         config = {
             "backbone": backbone,
             "recipe": record_format.recipe(replace(RECIPE, num_epochs=num_epochs)),
-            "learning_rates": list(RATES),
+            "learning_rates": list(LEARNING_RATES),
         }
-        yield records.fetch(race, config, sources=(training, sites), folder=records.folder(suite), fresh=True)
+        yield records.fetch(
+            race_prefix_cache, config, sources=(training, sites), folder=records.folder(suite), fresh=True
+        )
 
 
 def _suffix_share(model: nn.Module, site: str) -> float:
@@ -192,7 +194,7 @@ class _Customary:
             width = self.model(self._images("train", self.split.train[:2])).shape[1]
         head = nn.Linear(width, len(self.task.classes)).to(prompt.delta.device)
         prompted = methods.AdaptedBackbone(self.model, prompt, head)
-        optimizer = torch.optim.AdamW([*prompt.parameters(), *head.parameters()], RATES[0])
+        optimizer = torch.optim.AdamW([*prompt.parameters(), *head.parameters()], LEARNING_RATES[0])
         start = perf_counter()
         for chunk in self.split.train.split(self.recipe.batch_size):
             labels = self.task.train.labels[chunk].to(prompt.delta.device)

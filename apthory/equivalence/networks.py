@@ -13,14 +13,17 @@ from torch.func import functional_call
 
 from apthory import sites
 from apthory.equivalence.layers import BATCH_NORM, Edge, statement, statistics_owner, uses_batch_statistics
-from apthory.methods import ActivationPrompt, Shape
+from apthory.methods import ActivationPrompt, AdaptedBackbone, Shape
 
 TOLERANCE = 1e-12  # relative, in float64: what "exact" means here
 Kind = Literal["exact", "no bias", "null", "absorbed", "border", "varying", "not found"]
 
 
 def fold(
-    backbone: nn.Module, prompt: ActivationPrompt, *, images: Float[Tensor, "batch *image"] | None = None
+    backbone: nn.Module,
+    prompt: ActivationPrompt | None = None,
+    *,
+    images: Float[Tensor, "batch *image"] | None = None,
 ) -> nn.Module:
     """A copy of the backbone with the prompt inside one bias: the same features, at no cost.
 
@@ -28,34 +31,58 @@ def fold(
     shape reaches the layer's result as one and the same shift, if nothing else changes, and if so it is for this one.
 
     Args:
+        backbone: Any backbone; or, without a prompt, an adapted one (`training.Fit.model`, `load_prompt`). Then tuned
+            weights and each prompt go into a copy of its backbone, and its head follows.
+        prompt: What to fold.
         images: Normalized images to decide on; random ones by default.
 
     Raises:
         ValueError: If no bias near the site equals this prompt, or a BatchNorm uses batch statistics.
     """
+    if isinstance(backbone, AdaptedBackbone) and prompt is None:
+        return _fold_model(backbone, images)
+    if prompt is None:
+        raise ValueError(f"no prompt to fold into this {type(backbone).__name__}; call fold(backbone, prompt)")
     if uses_batch_statistics(backbone):
         raise ValueError(
             "a BatchNorm of this backbone uses batch statistics, which remove prompts (E2); fold a backbone that is "
             "used as it was trained: call eval(), with running statistics"
         )
-    network = Network(backbone, prompt.site, images)
+    network = PromptedNetwork(backbone, prompt.site, images)
     prompt(prompt.delta.new_zeros(1, *network.unit))  # refuses a prompt that does not fit
     delta = prompt.delta.detach().to(network.device, torch.float64)
-    found = network.closest(network.scale * network.draw(*delta.shape))
-    shift = network.shift(found.layer, found.is_before, delta) if found else None
-    if found and found.difference <= TOLERANCE and shift is not None:
-        found = replace(found, difference=network.missed(found.layer, shift, network(delta)))
-    if found is None or shift is None or found.difference > TOLERANCE:
+    bias_near = network.closest(network.scale * network.draw(*delta.shape))
+    shift = network.shift(bias_near.layer, bias_near.is_before, delta) if bias_near else None
+    if bias_near and bias_near.difference <= TOLERANCE and shift is not None:
+        bias_near = replace(bias_near, difference=network.missed(bias_near.layer, shift, network(delta)))
+    if bias_near is None or shift is None or bias_near.difference > TOLERANCE:
         raise ValueError(
             f"no bias near {prompt.site!r} equals this prompt"
-            + (f": {found.layer}.bias leaves a relative difference of {found.difference:.1g}" if found else "")
+            + (
+                f": {bias_near.layer}.bias leaves a relative difference of {bias_near.difference:.1g}"
+                if bias_near
+                else ""
+            )
             + "; diagnose(backbone, site) says what holds there"
         )
     folded = copy.deepcopy(backbone)
-    bias = folded.get_parameter(found.parameter)
+    bias = folded.get_parameter(bias_near.parameter)
     with torch.no_grad():
         bias.copy_((bias + shift).to(bias.dtype))
     return folded
+
+
+def _fold_model(model: AdaptedBackbone, images: Float[Tensor, "batch *image"] | None) -> nn.Module:
+    if model.reader is not None:
+        raise ValueError("a probe at a site does not run the whole backbone, so there is nothing to fold; use merged()")
+    body, head = AdaptedBackbone(model.backbone, head=model.head, weights=model.weights).merged().children()
+    for place, edit in zip(model.places, model.edits, strict=True):
+        if not isinstance(edit, ActivationPrompt):
+            raise ValueError(
+                f"the {type(edit).__name__} at {place!r} is no prompt that a bias could hold; use merged()"
+            )
+        body = fold(body, edit, images=images)
+    return nn.Sequential(body, head)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +117,7 @@ def diagnose(
         images: A few normalized images; random ones by default.
         seed: Of the random prompts (and images).
     """
-    network = Network(backbone, site, images, seed)
+    network = PromptedNetwork(backbone, site, images, seed)
     basis, null_positions = network.null_space()
     with torch.no_grad():
         probe, full = network.random_prompt(), network.random_prompt("full")
@@ -98,8 +125,8 @@ def diagnose(
         change, effect = prompted - plain, difference(prompted, plain)
         is_absorbed = difference(change, change.mean(0), scale=plain) <= TOLERANCE
         is_larger = difference(network(full), network(network.mean_over_positions(full))) > TOLERANCE
-    found = network.closest(probe) or _Bias("", False, effect)
-    target, distance = found.parameter, found.difference
+    closest = network.closest(probe) or _Bias("", False, effect)
+    target, distance = closest.parameter, closest.difference
     holds: str
     kind: Kind
     if len(basis) == network.num_channels:
@@ -108,12 +135,12 @@ def diagnose(
         if network.uses_batch_statistics:
             holds, sentence = "E2", "Batch statistics remove a channel prompt; in eval mode it is a shift."
     elif distance <= TOLERANCE:
-        holds, kind = statement(backbone.get_submodule(found.layer), found.edge), "exact"
+        holds, kind = statement(backbone.get_submodule(closest.layer), closest.edge), "exact"
         sentence = f"A channel prompt is a shift of {target}."
     elif is_absorbed:
         target, distance = "", effect
         holds, kind, sentence = "E8", "absorbed", "A channel prompt shifts the features of all images alike."
-    elif border := network.border(found, probe):
+    elif border := network.border(closest, probe):
         holds, kind = "E5", "border"
         sentence = f"A channel prompt is a shift of {target}, but for zero padding: {border} positions differ."
     elif (norm := network.norm_fed()) and isinstance(backbone.get_submodule(norm), BATCH_NORM):
@@ -168,11 +195,11 @@ class _Bias:
 
     @property
     def edge(self) -> Edge:
-        """Of the layer, on which the site lies."""
+        """The edge of the layer on which the site lies."""
         return "output" if self.is_before else "input"
 
 
-class Network:
+class PromptedNetwork:
     """A float64 copy of a backbone on some images, with prompts at one site."""
 
     def __init__(self, backbone: nn.Module, site: str, images: Tensor | None = None, seed: int = 0) -> None:
@@ -202,7 +229,7 @@ class Network:
         self,
         delta: Tensor | None = None,
         parameters: Mapping[str, Tensor] | None = None,
-        edits: Mapping[str, sites.Edit] | None = None,
+        edits: Mapping[str, sites.EditFunction] | None = None,
     ) -> Tensor:
         """Features with a prompt, with some parameters replaced, and with edits after the prompt."""
         prompt = {} if delta is None else {self.site: lambda z: z + delta}
@@ -252,7 +279,7 @@ class Network:
         """Layers with a bias, and normalization layers, as they are called; the site is the empty name."""
         called: list[str] = []
 
-        def note(name: str) -> sites.Edit:
+        def note(name: str) -> sites.EditFunction:
             def edit(z: Tensor) -> Tensor:
                 called.append(name)
                 return z
@@ -280,14 +307,14 @@ class Network:
         before = [name for name in with_bias[:here][::-1] if name][:2]
         after = [name for name in with_bias[here + 1 :] if name][:2]
         prompted = self(delta)
-        found = []
+        tried = []
         for name, is_before in [(name, True) for name in before] + [(name, False) for name in after]:
             shift = self.shift(name, is_before, delta)
             if shift is not None:
-                found.append(_Bias(name, is_before, self.missed(name, shift, prompted)))
-                if found[-1].difference <= TOLERANCE:
-                    return found[-1]
-        return min(found, key=lambda bias: bias.difference, default=None)
+                tried.append(_Bias(name, is_before, self.missed(name, shift, prompted)))
+                if tried[-1].difference <= TOLERANCE:
+                    return tried[-1]
+        return min(tried, key=lambda bias: bias.difference, default=None)
 
     def missed(self, layer: str, shift: Tensor, prompted: Tensor) -> float:
         """How far the features with a shifted bias are from those with a prompt."""
@@ -346,10 +373,10 @@ class Network:
         delta = start.clone().requires_grad_()
         features = self(delta)
         rows: list[Tensor] = []
-        reach = torch.zeros(self.unit, dtype=torch.float64, device=self.device)
+        sensitivity = torch.zeros(self.unit, dtype=torch.float64, device=self.device)
         while not rows or len(rows) * len(rows[0]) < self.num_channels + num:
             (gradient,) = torch.autograd.grad(features, delta, self.draw(*features.shape), retain_graph=True)
-            reach += gradient.abs().sum(0)
+            sensitivity += gradient.abs().sum(0)
             by_channel = self.by_channel(gradient)
             if self.uses_batch_statistics:  # images meet in batch statistics
                 by_channel = by_channel.flatten(0, 1)[None]
@@ -358,7 +385,7 @@ class Network:
             rows.append(by_channel.sum(1) / largest)
         _, values, directions = torch.linalg.svd(torch.cat(rows))
         basis = directions[int((values > TOLERANCE * len(values) ** 0.5).sum()) :]
-        by_position = reach.sum(self.axis, keepdim=True)
+        by_position = sensitivity.sum(self.axis, keepdim=True)
         dead = by_position <= 1e-15 * by_position.sum()
         nothing = self.random_prompt("full") * dead
         with torch.no_grad():

@@ -1,7 +1,7 @@
 """What a prompt at the input of a ViT is to its tokens.
 
 V1. In a ViT whose patches do not overlap and are not normalised, a prompt on the image is a prompt on the first
-    block's patch tokens, and each token's share of it lies in the column space of the patch embedding (`reach`).
+    block's patch tokens, and each token's share of it lies in the column space of the patch embedding (`input_span`).
 V2. A frame of whole patches around a shrunk image is prompt tokens at fixed positions (`frame_tokens`, `as_tokens`).
 """
 
@@ -17,12 +17,13 @@ from apthory import backbones, sites
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reach:
+class InputSpan:
     """What prompts on the image can do to the tokens before the first block: ``tokens(x) = offset + W patches(x)``.
 
     A prompt on the image adds W d_t to patch token t, whatever the image, and nothing to the others: exactly a full
-    prompt at `site`, in reach iff each patch token's row lies in the column space of W. It has to reach the network
-    as it is: a prompt that is clamped, or added before a resize, can do less. All is held in float64.
+    prompt at `site`, in the span iff each patch token's row lies in the column space of W. This holds for a prompt that
+    is added to the network's own input: one that is clamped, or added before a resize, can do less. All numbers are
+    float64.
     """
 
     site: str  # the first block's input
@@ -36,12 +37,12 @@ class Reach:
 
     @property
     def rank(self) -> int:
-        """Dimension of the reachable set of one patch token."""
+        """Dimension of the span, for one patch token."""
         return self.basis.shape[1]
 
     @property
     def num_extra_tokens(self) -> int:
-        """Class, distillation and register tokens: out of reach."""
+        """Class, distillation and register tokens, which no prompt on the image changes."""
         return len(self.offset) - math.prod(self.grid)
 
     def shift(self, prompt: Float[Tensor, "*batch channel height width"]) -> Float[Tensor, "*batch token dim"]:
@@ -57,22 +58,24 @@ class Reach:
         return self.offset + self.shift(x)
 
     def project(self, prompt: Float[Tensor, "#token dim"]) -> Float[Tensor, "token dim"]:
-        """The reachable part of a prompt on the tokens."""
+        """The part of a prompt on the tokens that lies in the span."""
         inside = prompt.double().expand(self.offset.shape) @ self.basis @ self.basis.T
         return nn.functional.pad(inside[self.num_extra_tokens :], (0, 0, self.num_extra_tokens, 0))
 
     def residual(self, prompt: Float[Tensor, "#token dim"]) -> float:
-        """Share of a prompt's norm that is out of reach: 0 if an input prompt does the same, 1 if none does any of it.
+        """Share of a prompt's norm that lies outside the span.
 
-        A random prompt's has the mean square ``1 - rank / dim * patches / tokens``.
+        It is 0 if a prompt on the image does the same, and 1 if no prompt on the image does any part of it.
+
+        The square of a random prompt's share has the mean ``1 - rank / dim * patches / tokens``.
         """
         whole = prompt.double().expand(self.offset.shape)
         if not whole.any():
-            raise ValueError("a prompt of norm zero has no share out of reach; train it, or draw it at random")
+            raise ValueError("a prompt of norm zero has no share outside the span; train it, or draw it at random")
         return float((whole - self.project(prompt)).norm() / whole.norm())
 
     def as_image(self, prompt: Float[Tensor, "#token dim"]) -> Float[Tensor, "channel height width"]:
-        """The prompt on the image, of least norm, that adds the reachable part."""
+        """The prompt on the image of least norm that adds the part in the span."""
         (rows, columns), (height, width) = self.grid, self.patch
         inverse = torch.linalg.pinv(self.weight, atol=self.tolerance, rtol=0.0)
         pixels = self.project(prompt)[self.num_extra_tokens :] @ inverse.T
@@ -80,7 +83,7 @@ class Reach:
         return by_patch.permute(2, 0, 3, 1, 4).flatten(-2).flatten(-3, -2)
 
 
-def reach(backbone: nn.Module, example: Float[Tensor, "batch channel height width"] | None = None) -> Reach:
+def input_span(backbone: nn.Module, example: Float[Tensor, "batch channel height width"] | None = None) -> InputSpan:
     """The patch embedding of a ViT as an affine map, and the column space of its weights.
 
     The rank is that of W in float64. Rounding W to its own precision moves singular values by at most
@@ -110,7 +113,7 @@ def reach(backbone: nn.Module, example: Float[Tensor, "batch channel height widt
         raise _not_affine(backbone, f"its image {image} is not made of whole patches {patch}")
     if offset.ndim != 3 or offset.shape[1] < math.prod(grid):
         raise _not_affine(backbone, f"its first block is given {tuple(offset.shape[1:])}, not a token for each patch")
-    found = Reach(
+    span = InputSpan(
         site=place,
         weight=weight,
         offset=offset[0].double(),
@@ -120,10 +123,10 @@ def reach(backbone: nn.Module, example: Float[Tensor, "batch channel height widt
         patch=patch,
         grid=grid,
     )
-    error = float((found.tokens(x) - seen).norm() / seen.double().norm())
+    error = float((span.tokens(x) - seen).norm() / seen.double().norm())
     if not error < 1e3 * torch.finfo(kernel.dtype).eps:
         raise _not_affine(backbone, f"its tokens differ from an affine map of the patches by {error:.1g} of their norm")
-    return found
+    return span
 
 
 def _patch_embedding(backbone: nn.Module, prefix: nn.Module) -> nn.Conv2d:
@@ -189,7 +192,7 @@ def framed(
 
 
 def as_tokens(
-    embedding: Reach, x: Float[Tensor, "batch channel inner inner"], frame: Float[Tensor, "channel size size"]
+    embedding: InputSpan, x: Float[Tensor, "batch channel inner inner"], frame: Float[Tensor, "channel size size"]
 ) -> tuple[Float[Tensor, "batch token dim"], Float[Tensor, "prompt dim"]]:
     """A framed image as VPT sees it: the image's tokens, and after them prompt tokens that no image changes.
 
@@ -198,7 +201,7 @@ def as_tokens(
     ``pos_t + b + W pixels_t``: VPT-shallow, held to an affine set.
 
     Args:
-        embedding: The backbone's, from `reach`.
+        embedding: The backbone's, from `input_span`.
         x: Shrunk, normalized images.
         frame: Normalized pixels around them.
 

@@ -12,25 +12,25 @@ def problems() -> list[str]:
     For suites other than the embedded one, only what was run is looked at.
     """
     root = records.root()
-    found: list[str] = []
+    stale: list[str] = []
     for suite in records.SUITES:
         for source in notebooks.sources():
             twin = notebooks.twin_path(source, suite)
             if suite == "embedded" or twin.exists():
-                found += filter(None, [notebooks.stale(source, twin, suite)])
+                stale += filter(None, [notebooks.stale(source, twin, suite)])
         for path in sorted(records.suite_folder(suite).glob("*.p[nd][gf]")):
-            found += figures.problems(path)
+            stale += figures.figure_problems(path)
         for record in records.load_all(records.folder(suite)):
             if reason := records.superseded(record):
-                found.append(f"record {record.key[:12]}: {reason}")
+                stale.append(f"record {record.key[:12]}: {reason}")
     for path in claims.verdict_files(root):
         judged = json.loads(path.read_text("utf-8"))
         cited = figures.record_problems(judged["records"], judged["suite"])
-        found += [f"{path}: {problem}" for problem in cited]
+        stale += [f"{path}: {problem}" for problem in cited]
     table = claims.ledger(root)
     for row in table[table.verdict == "stale"].itertuples():
-        found.append(f"the verdict on {row.id} in {row.suite} was judged by another rule than claims.toml's")
-    return found
+        stale.append(f"the verdict on {row.id} in {row.suite} was judged by another rule than claims.toml's")
+    return stale
 
 
 def older_records() -> list[str]:
@@ -38,16 +38,16 @@ def older_records() -> list[str]:
 
     Those whose modules are elsewhere now are one sentence together: whether these changed as well, no name tells.
     """
-    found, num_gone, gone = [], 0, set[str]()
+    sentences, num_gone, gone = [], 0, set[str]()
     for suite in records.SUITES:
         for record in records.load_all(records.folder(suite)):
             if modules := records.changed_code(record):
-                found.append(f"record {record.key[:12]} ({record.name}): {', '.join(modules)} changed since")
+                sentences.append(f"record {record.key[:12]} ({record.name}): {', '.join(modules)} changed since")
             elif modules := records.gone_code(record):
                 num_gone, gone = num_gone + 1, gone | {*modules}
     if num_gone:
-        found.append(f"{num_gone} records of modules that are elsewhere now: {', '.join(sorted(gone))}")
-    return found
+        sentences.append(f"{num_gone} records of modules that are elsewhere now: {', '.join(sorted(gone))}")
+    return sentences
 
 
 def random_record() -> records.Record | None:

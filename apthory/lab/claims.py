@@ -218,14 +218,14 @@ class Judge:
         """One row for each verdict, in the order in which they were judged."""
         return pd.DataFrame(
             {
-                "claim": one.id,
-                "of": one.tag,
-                "value": f"{one.value:.3g}",
-                "interval": "exact" if is_exact else f"[{one.low:.3g}, {one.high:.3g}]",
-                "rule": one.threshold,
-                "verdict": one.verdict,
+                "claim": verdict.id,
+                "of": verdict.tag,
+                "value": f"{verdict.value:.3g}",
+                "interval": "exact" if is_exact else f"[{verdict.low:.3g}, {verdict.high:.3g}]",
+                "rule": verdict.threshold,
+                "verdict": verdict.verdict,
             }
-            for one, is_exact in zip(self.verdicts, self._are_exact, strict=True)
+            for verdict, is_exact in zip(self.verdicts, self._are_exact, strict=True)
         )
 
 
@@ -257,8 +257,8 @@ def _rounded(value: float) -> float:
 def _read_claims(path: Path) -> Iterator[Claim]:
     for key, row in tomllib.loads(path.read_text("utf-8")).items():
         shared = {"claim": row["claim"], "paper": row["paper"], "notebooks": tuple(row["notebooks"])}
-        several = {name: part for name, part in row.items() if isinstance(part, dict)}
-        statistics = several or {"": row}
+        parts = {name: part for name, part in row.items() if isinstance(part, dict)}
+        statistics = parts or {"": row}
         for name, part in statistics.items():
             yield Claim(
                 id=f"{key}.{name}" if name else key,

@@ -23,43 +23,6 @@ from apthory._tools.files import write_atomically
 from apthory.lab import records
 
 COLUMN = 5.5  # inches, the text width of a NeurIPS page
-# Okabe and Ito's palette for what is compared most; methods rarely drawn together share a family.
-COLORS = {
-    "ap": "#D55E00",
-    "ap_channel": "#E69F00",
-    "vp": "#0072B2",
-    "norm": "#009E73",
-    "linear_probe": "#000000",
-    "full": "#6B6B6B",
-    "random_prompt": "#CC79A7",
-    "frozen_head": "#56B4E9",
-    "site_probe": "#5B3A8C",
-    "evp": "#3A9BD9",
-    "adavipro": "#003F6B",
-    "bias": "#5DC9A5",
-    "vpt": "#A6761D",
-    "lora": "#882255",
-    "adapter": "#999933",
-    "ssf": "#117733",
-}
-LABELS = {
-    "ap": "activation prompt",
-    "ap_channel": "activation prompt, per channel",
-    "vp": "visual prompt",
-    "norm": "normalization tuning",
-    "linear_probe": "linear probe",
-    "full": "full fine-tuning",
-    "random_prompt": "frozen random prompt",
-    "frozen_head": "prompt, frozen head",
-    "site_probe": "probe on the site's features",
-    "evp": "EVP",
-    "adavipro": "AdaViPro",
-    "bias": "bias tuning",
-    "vpt": "VPT",
-    "lora": "LoRA",
-    "adapter": "adapter",
-    "ssf": "SSF",
-}
 _THEME: dict[Any, Any] = {
     "font.family": "STIXGeneral",  # ships with matplotlib and looks like Times
     "mathtext.fontset": "stix",
@@ -157,36 +120,36 @@ def provenance(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} carries no provenance; figures.save did not write it") from None
 
 
-def problems(path: Path) -> list[str]:
+def figure_problems(path: Path) -> list[str]:
     """Say how a figure disagrees with the CSV beside it and the records behind it; empty if it is current."""
     try:
         note = provenance(path)
     except (ValueError, OSError) as error:
         return [str(error)]
     csv = path.with_suffix(".csv")
-    found = []
+    problems = []
     if not csv.exists():
-        found.append(f"{path}: {csv.name} is missing")
+        problems.append(f"{path}: {csv.name} is missing")
     elif hashlib.sha256(csv.read_bytes()).hexdigest() != note["csv_sha256"]:
-        found.append(f"{path}: {csv.name} is not the table that was drawn")
-    return found + [f"{path}: {problem}" for problem in record_problems(note["records"], note["suite"])]
+        problems.append(f"{path}: {csv.name} is not the table that was drawn")
+    return problems + [f"{path}: {problem}" for problem in record_problems(note["records"], note["suite"])]
 
 
 def record_problems(cited: Iterable[str], suite: str) -> list[str]:
     """Cited records that are missing, broken or superseded by a newer version of their function."""
-    found = []
+    problems = []
     for key in cited:
         record = records.find(key, records.folder(suite))
         if record is None:
-            found.append(f"record {key} is missing")
+            problems.append(f"record {key} is missing")
             continue
         try:
             reason = records.superseded(records.read(record))
         except ValueError as error:
             reason = str(error)
         if reason:
-            found.append(f"record {key}: {reason}")
-    return found
+            problems.append(f"record {key}: {reason}")
+    return problems
 
 
 def _png_note(path: Path) -> str:
@@ -196,5 +159,5 @@ def _png_note(path: Path) -> str:
 
 def _pdf_note(path: Path) -> str:
     """The Subject of the document; matplotlib writes it as a plain string with escaped brackets."""
-    found = re.search(rb"/Subject \(((?:[^\\)]|\\.)*)\)", path.read_bytes(), re.DOTALL)
-    return re.sub(r"\\(.)", r"\1", found[1].decode("latin-1")) if found else ""
+    subject = re.search(rb"/Subject \(((?:[^\\)]|\\.)*)\)", path.read_bytes(), re.DOTALL)
+    return re.sub(r"\\(.)", r"\1", subject[1].decode("latin-1")) if subject else ""

@@ -27,15 +27,15 @@ class NotebookError(RuntimeError):
 
 def sources(names: Sequence[str] = ()) -> list[Path]:
     """Text notebooks of the project, all or those named ("03" or "03_layer_preference")."""
-    found = sorted((records.root() / "notebooks").glob("[0-9][0-9]_*.py"))
+    paths = sorted((records.root() / "notebooks").glob("[0-9][0-9]_*.py"))
     chosen = []
     for name in names:
-        matches = [path for path in found if Path(name).stem in (path.stem, path.stem[:2])]
+        matches = [path for path in paths if Path(name).stem in (path.stem, path.stem[:2])]
         if not matches:
-            there = ", ".join(path.stem for path in found) or "none"
+            there = ", ".join(path.stem for path in paths) or "none"
             raise ValueError(f"no notebook {name!r} in {records.root() / 'notebooks'}; there are: {there}")
         chosen += matches
-    return chosen if names else found
+    return chosen if names else paths
 
 
 def twin_path(source: Path, suite: str) -> Path:

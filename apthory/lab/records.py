@@ -74,7 +74,7 @@ def versioned(version: int, *, name: str) -> Callable[[_Function], _Function]:
     """
 
     def mark(function: _Function) -> _Function:
-        registry.register(name, function)
+        registry.register_function(name, function)
         function.version, function.recorded_as = version, name  # type: ignore[attr-defined]
         return function
 
@@ -192,12 +192,12 @@ def name_of(function: Callable[..., Any]) -> str:
 
 def load_all(folder: Path, name: str | None = None) -> list[Record]:
     """All whole records of a folder, in the order of their keys; only those of one function if named."""
-    found = []
+    records = []
     for path in sorted(folder.glob("*.json")):
         record = _read_or_set_aside(path)
         if record and name in (None, record.name):
-            found.append(record)
-    return found
+            records.append(record)
+    return records
 
 
 def citation(records: Iterable[Record | str]) -> list[str]:
@@ -214,7 +214,7 @@ def find(cited: str, folder: Path) -> Path | None:
 def superseded(record: Record) -> str:
     """Say why a record is no longer what its function would return; empty if it still is."""
     try:
-        version = registry.resolve(record.name).version  # type: ignore[attr-defined]
+        version = registry.find_function(record.name).version  # type: ignore[attr-defined]
     except LookupError as error:
         return str(error.args[0])
     return "" if version == record.version else f"{record.name} is at version {version}, not {record.version}"
@@ -236,13 +236,14 @@ def gone_code(record: Record) -> list[str]:
 def recompute(record: Record, *, rtol: float = 0.01, atol: float = 1e-6) -> list[str]:
     """Run a record's function again; one line for every value beyond tolerance.
 
-    Timings (values named ``*seconds`` or ``*_per_second``) are not compared.
+    Timings (values named ``*seconds`` or ``*_per_second``) are not compared, nor values that the record lacks, because
+    its function came to give them later.
     """
     if reason := superseded(record):
         raise ValueError(f"record {record.key[:12]} cannot be computed again: {reason}")
     if not _may_compute():
         raise MissingRecordError(f"record {record.key[:12]} is not computed again: APTHORY_COMPUTE=0 forbids it")
-    function = registry.resolve(record.name)
+    function = registry.find_function(record.name)
     values = _plain_mapping(function(**copy.deepcopy(record.config)), "values")
     return list(_differences(record.values, values, "values", rtol, atol))
 
@@ -257,12 +258,12 @@ def code_digest(*modules: ModuleType) -> dict[str, str]:
 
 def _modules_of(module: ModuleType) -> list[str]:
     """The module's name, and those of the modules in it if it is a package."""
-    found = [module.__name__]
+    names = [module.__name__]
     for folder in map(Path, getattr(module, "__path__", ())):
         for path in sorted(folder.rglob("*.py")):
             parts = path.relative_to(folder).with_suffix("").parts
-            found.append(".".join([module.__name__, *(part for part in parts if part != "__init__")]))
-    return sorted(set(found))
+            names.append(".".join([module.__name__, *(part for part in parts if part != "__init__")]))
+    return sorted(set(names))
 
 
 def root() -> Path:
@@ -361,7 +362,7 @@ def _plain(value: Any, path: str) -> Any:
 
 
 def _differences(old: Any, new: Any, path: str, rtol: float, atol: float) -> Iterator[str]:
-    if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+    if isinstance(old, dict) and isinstance(new, dict) and old.keys() <= new.keys():
         for name in old:
             if not name.endswith(("seconds", "_per_second")):
                 yield from _differences(old[name], new[name], f"{path}.{name}", rtol, atol)
@@ -375,7 +376,7 @@ def _differences(old: Any, new: Any, path: str, rtol: float, atol: float) -> Ite
         yield f"{path} was {old!r}, is {new!r}"
 
 
-_KINDS = {
+_FIELD_TYPES = {
     "version": int,
     "config": dict,
     "values": dict,
@@ -387,8 +388,10 @@ _KINDS = {
 
 def _check_kind(name: str, value: Any) -> None:
     """Raise TypeError unless a field of a record is of its kind; what is not listed is text."""
-    kind = _KINDS.get(name, str)
-    if not isinstance(value, kind) or (name == "code" and not all(isinstance(one, str) for one in value.values())):
+    kind = _FIELD_TYPES.get(name, str)
+    if not isinstance(value, kind) or (
+        name == "code" and not all(isinstance(digest, str) for digest in value.values())
+    ):
         raise TypeError(f"its field {name!r} is {type(value).__name__}, {str(value)[:40]!r}")
 
 

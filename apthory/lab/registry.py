@@ -9,7 +9,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 PLACES = {  # name in records -> "module:function"
-    "apthory.bench.race": "apthory.benchmarks.prefix_cache:race",
+    "apthory.bench.race": "apthory.benchmarks.prefix_cache:race_prefix_cache",
     "apthory.efficiency.measure_methods": "apthory.studies.costs:measure_methods",
     "apthory.efficiency.measure_sites": "apthory.studies.costs:measure_sites",
     "apthory.equivalence_study.measure_diagnoses": "apthory.studies.equivalence:measure_diagnoses",
@@ -28,8 +28,8 @@ PLACES = {  # name in records -> "module:function"
     "apthory.layers.search": "apthory.studies.site_search:search",
     "apthory.mask_study.draw_prompt": "apthory.studies.masks:draw_prompt",
     "apthory.mask_study.measure_masks": "apthory.studies.masks:measure_masks",
-    "apthory.metric_bench.race": "apthory.benchmarks.metrics:race",
-    "apthory.pixel_bench.race": "apthory.benchmarks.pixels:race",
+    "apthory.metric_bench.race": "apthory.benchmarks.metrics:race_metrics",
+    "apthory.pixel_bench.race": "apthory.benchmarks.pixels:race_pixels",
     "apthory.pixel_bench.race_words": "apthory.benchmarks.pixels:race_words",
     "apthory.pixel_study.run_shifted": "apthory.studies.pixels:run_shifted",
     "apthory.sweeps.run_cell": "apthory.studies.cells:run_cell",
@@ -41,7 +41,7 @@ PLACES = {  # name in records -> "module:function"
 _loaded: dict[str, Callable] = {}
 
 
-def register(name: str, function: Callable) -> None:
+def register_function(name: str, function: Callable) -> None:
     """Let records of this name be those of the function.
 
     Raises:
@@ -57,7 +57,7 @@ def register(name: str, function: Callable) -> None:
     _loaded[name] = function
 
 
-def resolve(name: str) -> Callable:
+def find_function(name: str) -> Callable:
     """The function that records under a name.
 
     Raises:

@@ -4,9 +4,6 @@ A new one is a subclass of `Method` with `edits`, and one line here: `register` 
 files, studies, the command and the tests.
 """
 
-from typing import Any
-
-from apthory._tools import moved
 from apthory.methods.activation import ActivationPrompt, ActivationPrompting, FixedPrompt, Shape, prompt_shape
 from apthory.methods.adapted import AdaptedBackbone
 from apthory.methods.base import Method, PreparedBackbone
@@ -26,7 +23,3 @@ __all__ = [
     "Method", "Edit", "Stack", "METHODS", "register", "PreparedBackbone", "AdaptedBackbone",
     "ActivationPrompt", "PixelPrompt", "prompt_shape", "Shape", "Shift", "Affine", "rms",
 ]  # fmt: skip
-
-
-def __getattr__(name: str) -> Any:
-    return moved.renamed(__name__, name)

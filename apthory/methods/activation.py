@@ -75,6 +75,7 @@ class ActivationPrompting(Method):
 
     name: ClassVar[str] = "ap"
     label: ClassVar[str] = "activation prompt"
+    color: ClassVar[str] = "#D55E00"
     site: str  # where the prompt is added
     shape: Shape = "full"  # one value a unit, or one a channel
     in_rms_units: bool = True  # learn in units of the activation's root mean square
@@ -103,6 +104,7 @@ class FixedPrompt(Method):
 
     name: ClassVar[str] = "random_prompt"
     label: ClassVar[str] = "frozen random prompt"
+    color: ClassVar[str] = "#CC79A7"
     site: str
     norm: float  # Euclidean norm of the prompt over all units, in the activation's units
     seed: int = 0  # direction of the prompt, uniform on the sphere

@@ -20,7 +20,7 @@ Prompt = ActivationPrompt | PixelPrompt
 
 
 @dataclass(frozen=True)
-class Source:
+class Adaptation:
     """What a saved file needs to say: the method, and what it trained."""
 
     method: Method
@@ -51,7 +51,7 @@ class AdaptedBackbone(nn.Module):
         reader: nn.Module | None = None,
         classes: Sequence[str] = (),
         transform: str = "",
-        source: Source | None = None,
+        source: Adaptation | None = None,
     ) -> None:
         super().__init__()
         if isinstance(edits, Prompt):
@@ -93,7 +93,7 @@ class AdaptedBackbone(nn.Module):
         return self.edits[0]
 
     @property
-    def source(self) -> Source:
+    def source(self) -> Adaptation:
         """The method and what it trained; of a prompt that was made by hand, the method that would train it.
 
         Raises:
@@ -104,11 +104,11 @@ class AdaptedBackbone(nn.Module):
         prompt = self.prompt
         if isinstance(prompt, PixelPrompt):
             overlay = prompt.overlay
-            return Source(method_of_layout(overlay.layout), _at(":input", overlay.state(0)))
+            return Adaptation(method_of_layout(overlay.layout), _at(":input", overlay.state(0)))
         method = ActivationPrompting(site=prompt.site, shape=prompt.shape, in_rms_units=False)
         unit = torch.ones([1] * prompt.delta.ndim)
         state = {"values": prompt.delta.detach().cpu(), "unit": unit, "activation_norm": torch.ones(())}
-        return Source(method, _at(prompt.site, state))
+        return Adaptation(method, _at(prompt.site, state))
 
     def merged(self) -> nn.Module:
         """One ordinary module that shares nothing with the backbone, for `torch.export`, ONNX and servers.
@@ -154,7 +154,8 @@ def adapt(
     """
     prepared = method.build(backbone, 1)
     prepared.load([state])
-    edits, weights = dict(prepared.held), {}
+    edits: dict[str, nn.Module] = dict(prepared.held)
+    weights: dict[str, Tensor] = {}
     for place, stack in prepared.stacks.items():
         if own := stack.weights(0):
             weights.update(own)
@@ -168,7 +169,7 @@ def adapt(
         reader=prepared.prefix if prepared.reads_prefix else None,
         classes=classes,
         transform=transform,
-        source=Source(method, dict(state)),
+        source=Adaptation(method, dict(state)),
     )
     return model.to(next(backbone.parameters()).device).requires_grad_(False).eval()
 

@@ -18,13 +18,15 @@ from apthory.methods.edits import Edit, Stack, WithInput
 class Method:
     """A way to adapt a frozen backbone. Subclasses are frozen dataclasses, and most define `edits` alone.
 
+    Each has a `site`, a field or a class variable: the place where the frozen prefix ends.
+
     The edit at ``module:output`` of a kind that sees the layer's input gets it; all others see the activation at
     their place. What comes before `site` is frozen and can be cached, so no edit may lie before it.
     """
 
     name: ClassVar[str]  # of the method in `METHODS`, in files and in tables
     label: ClassVar[str]  # the same in words, for figures
-    site: str  # where the frozen prefix ends
+    color: ClassVar[str] = "#999933"  # in figures
 
     def edits(self, backbone: nn.Module) -> Mapping[str, Edit]:
         """New edits for one configuration, by the place where they act."""
@@ -114,9 +116,9 @@ class PreparedBackbone:
         for place, stack in self.stacks.items():
             stack.load([part.get(place, {}) for part in parts])
 
-    def prompt_norm(self, activations: Callable[[], Sequence[Tensor]]) -> tuple[float, float]:
-        """Norm of the first configuration's prompt and mean norm of what it is added to; 0 and 1 without a prompt."""
-        norms = (stack.prompt_norm(0, activations) for stack in self.stacks.values())
+    def prompt_norm(self, configuration: int, activations: Callable[[], Sequence[Tensor]]) -> tuple[float, float]:
+        """Norm of a configuration's prompt and mean norm of what it is added to; 0 and 1 without a prompt."""
+        norms = (stack.prompt_norm(configuration, activations) for stack in self.stacks.values())
         return next((pair for pair in norms if pair is not None), (0.0, 1.0))
 
     @property

@@ -7,7 +7,7 @@ given holds the configurations' examples one after the other. The training loop 
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -81,6 +81,9 @@ class Stack(nn.Module):
         False  # whether no constructor draws, so that all edits are made with the same values
     )
 
+    template: Edit
+    stacked: Any
+
     def __init__(self, edits: Sequence[Edit]) -> None:
         super().__init__()
         self.num = len(edits)
@@ -127,7 +130,7 @@ class Stack(nn.Module):
     def edit(self, configuration: int) -> Edit:
         """The edit of one configuration, as a module of its own."""
         edit = copy.deepcopy(self.template).to(self._device())
-        _fill(edit, self.stacked, configuration)
+        _copy_values(edit, self.stacked, configuration)
         return edit
 
     def start(self, generators: Sequence[torch.Generator]) -> None:
@@ -186,17 +189,16 @@ class Stack(nn.Module):
         self._each(lambda edit, k: edit.calibrate(z[k].detach()))
 
     def _draw(self, z: Float[Tensor, "num batch *unit"]) -> dict[str, Tensor]:
-        draws = [self.template.draw(z[k].detach(), generator) for k, generator in enumerate(self.generators)]
-        if not draws or draws[0] is None:
-            return {}
-        return {"noise": torch.stack(draws).to(z.device)}
+        draws = (self.template.draw(z[k].detach(), generator) for k, generator in enumerate(self.generators))
+        drawn = [draw for draw in draws if draw is not None]
+        return {"noise": torch.stack(drawn).to(z.device)} if drawn else {}
 
     @torch.no_grad()
     def _each(self, call: Callable[[Edit, int], None]) -> None:
         """Let each configuration's edit do something to itself; plain attributes come to lie in the template."""
         for k in reversed(range(self.num)):
             edit = copy.deepcopy(self.template) if k else self.template
-            _fill(edit.to(self._device()), self.stacked, k)
+            _copy_values(edit.to(self._device()), self.stacked, k)
             call(edit, k)
             self.put(k, edit)
 
@@ -251,7 +253,7 @@ class ShiftStack(Stack):
 
     constructed_alike = True
 
-    def forward(self, z: Float[Tensor, "stack *unit"]) -> Float[Tensor, "stack *unit"]:
+    def forward(self, z: Float[Tensor, "stack *unit"], *inputs: Tensor) -> Float[Tensor, "stack *unit"]:
         by_configuration = z.unflatten(0, (self.num, -1))
         if self.is_calibrating:
             self._calibrate(by_configuration)
@@ -328,7 +330,7 @@ class AffineStack(Stack):
 
     constructed_alike = True
 
-    def forward(self, y: Float[Tensor, "stack *unit"]) -> Float[Tensor, "stack *unit"]:
+    def forward(self, y: Float[Tensor, "stack *unit"], *inputs: Tensor) -> Float[Tensor, "stack *unit"]:
         z, tuned = y.unflatten(0, (self.num, -1)), self.stacked
         if tuned.scale is not None:
             z = z * (1 + tuned.scale).to(y.dtype).unsqueeze(1)
@@ -392,7 +394,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _fill(edit: Edit, stacked: nn.Module, configuration: int) -> None:
+def _copy_values(edit: Edit, stacked: nn.Module, configuration: int) -> None:
     values = _tensors(stacked)
     for name, tensor in _tensors(edit).items():
         tensor.copy_(values[name][configuration])

@@ -1,7 +1,8 @@
 """What a method trained, with its head, in one file: safetensors, the rest in its metadata; never the backbone.
 
 The file says all that is needed to use it: method, sites, class names, image size and normalization, which backbone
-with which weights, and a digest of its own tensors. `load` checks each of these. Files of version 0.1.0 still load.
+with which weights, and a digest of its own tensors. `load_prompt` checks each of these. Files of version 0.1.0 still
+load.
 """
 
 import hashlib
@@ -9,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +22,7 @@ from apthory._tools.files import check_output, write_atomically
 from apthory.heads import CosineHead
 from apthory.methods import registry
 from apthory.methods.activation import ActivationPrompt, prompt_shape
-from apthory.methods.adapted import AdaptedBackbone, Prompt, Source, adapt
+from apthory.methods.adapted import Adaptation, AdaptedBackbone, Prompt, adapt
 from apthory.methods.pixels.overlay import Overlay, PixelPrompt
 
 _FORMAT = "apthory.adapted/2"
@@ -69,7 +70,7 @@ def save_model(path: str | Path, model: AdaptedBackbone) -> Path:
     config = {
         "format": _FORMAT,
         "method": source.method.name,
-        "options": {field.name: getattr(source.method, field.name) for field in fields(source.method)},
+        "options": {field.name: getattr(source.method, field.name) for field in fields(cast(Any, source.method))},
         "head": kind,
         "classes": list(model.classes),
         "image_size": backbones.input_size(backbone),
@@ -78,24 +79,24 @@ def save_model(path: str | Path, model: AdaptedBackbone) -> Path:
         "transform": model.transform,
         "backbone": backbones.architecture(backbone),
         "digest": backbones.digest(backbone),
-        "tensors_sha256": _digest(tensors),
+        "tensors_sha256": _tensors_digest(tensors),
         "load_arguments": backbones.load_arguments(backbone),
     }
     write_atomically(path, serialize(tensors, {"apthory": json.dumps(config)}))
     return path
 
 
-def save(path: str | Path, prompt: Prompt, backbone: nn.Module, head: nn.Module | None = None) -> Path:
+def save_prompt(path: str | Path, prompt: Prompt, backbone: nn.Module, head: nn.Module | None = None) -> Path:
     """Write a prompt that was made by hand, and its head; `training.Fit.save` writes what was trained."""
     return save_model(path, AdaptedBackbone(backbone, prompt, head))
 
 
-def load(path: str | Path, backbone: nn.Module | None = None) -> AdaptedBackbone:
+def load_prompt(path: str | Path, backbone: nn.Module | None = None) -> AdaptedBackbone:
     """Read what was trained back onto the backbone for which it was trained.
 
     Args:
         path: Of the file.
-        backbone: That backbone; `load_backbone` makes it if it is left out.
+        backbone: That backbone; `find_backbone` makes it if it is left out.
 
     Raises:
         ValueError: If the file is not of this kind, is damaged, or belongs to another backbone, site or image size.
@@ -103,7 +104,7 @@ def load(path: str | Path, backbone: nn.Module | None = None) -> AdaptedBackbone
     """
     config, tensors = _read(path)
     if backbone is None:
-        backbone = load_backbone(path)
+        backbone = find_backbone(path)
     own = backbones.architecture(backbone)
     if config["backbone"] != own:
         raise ValueError(f"{path} was trained for the backbone {config['backbone']!r}, not {own!r}; load that one")
@@ -116,7 +117,7 @@ def load(path: str | Path, backbone: nn.Module | None = None) -> AdaptedBackbone
     state = _part(tensors, "edits.")
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in config["options"].items()}
     try:
-        method = registry.find(config["method"])(**options)
+        method = registry.find_method(config["method"])(**options)
         model = adapt(backbone, method, state, head, classes=config["classes"], transform=config["transform"])
     except (TypeError, KeyError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
@@ -124,7 +125,7 @@ def load(path: str | Path, backbone: nn.Module | None = None) -> AdaptedBackbone
     return model
 
 
-def load_backbone(
+def find_backbone(
     path: str | Path,
     *,
     name: str | None = None,
@@ -132,17 +133,17 @@ def load_backbone(
     size: int | None = None,
     device: str | torch.device = "auto",
 ) -> nn.Module:
-    """The backbone for which a file was trained, by the arguments of `backbones.load` that the file carries.
+    """The backbone for which a file was trained, by the arguments of `backbones.load_backbone` that the file carries.
 
     Args:
         path: Of the file.
         name: Of the backbone, where the file does not say it, or says another one.
         weights: File of its weights, where that lies elsewhere now.
         size: Side of its images in pixels, where the file does not say it.
-        device: As for `backbones.load`.
+        device: As for `backbones.load_backbone`.
 
     Raises:
-        ValueError: If there is no name, and what `backbones.load` raises.
+        ValueError: If there is no name, and what `backbones.load_backbone` raises.
         OSError: If there is no such file, or the weights cannot be had.
     """
     config = _read(path)[0]
@@ -159,7 +160,7 @@ def load_backbone(
     return backbones.load_sized(name, size or config.get("image_size"), weights=weights, device=device)
 
 
-def describe(path: str | Path) -> dict[str, Any]:
+def describe_file(path: str | Path) -> dict[str, Any]:
     """What a file says of itself: its metadata, without the backbone."""
     return _read(path)[0]
 
@@ -191,7 +192,7 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise ValueError(f"{path} is damaged: its {name} is {config.get(name)!r}, and should be a {kind.__name__}")
     if not isinstance(own := config.get("load_arguments", {}), dict):
         raise ValueError(f"{path} is damaged: its load_arguments are {own!r}, and should be a dict")
-    if version == _FORMAT and config["tensors_sha256"] != _digest(tensors):
+    if version == _FORMAT and config["tensors_sha256"] != _tensors_digest(tensors):
         raise ValueError(
             f"{path} is damaged: its tensors are not those that were saved; save it anew, or copy it again"
         )
@@ -260,8 +261,8 @@ def _check_images(path: str | Path, config: Mapping[str, Any], backbone: nn.Modu
             )
 
 
-def _check_source(path: str | Path, source: Source, model: AdaptedBackbone) -> None:
-    """Refuse what `load` could not make again: methods that are not registered, pixel prompts of no method."""
+def _check_source(path: str | Path, source: Adaptation, model: AdaptedBackbone) -> None:
+    """Refuse what `load_prompt` could not make again: methods that are not registered, pixel prompts of no method."""
     if registry.METHODS.get(source.method.name) is not type(source.method):
         raise ValueError(
             f"the method {type(source.method).__name__} is not registered, so {path} could not be loaded; call "
@@ -274,7 +275,7 @@ def _check_source(path: str | Path, source: Source, model: AdaptedBackbone) -> N
             raise ValueError(f"no method makes a prompt of the layout {model.edits[0].layout}; {path} was not written")
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def _tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, types, shapes and values."""
     total = hashlib.sha256()
     for name in sorted(tensors):

@@ -27,6 +27,7 @@ class FineTuning(Method):
 
     name: ClassVar[str] = "fine_tuning"
     label: ClassVar[str] = "fine-tuning"
+    color: ClassVar[str] = "#6B6B6B"
     site: str = ":input"  # where the frozen part ends
     lr_scale: float = 0.05  # learning rate of the weights, relative to that of the head
 

@@ -19,6 +19,7 @@ class NormTuning(Method):
 
     name: ClassVar[str] = "norm"
     label: ClassVar[str] = "normalization tuning"
+    color: ClassVar[str] = "#009E73"
     site: str  # block site after which the layers lie
     layers: Literal["block", "all"] = "block"  # those up to the next block site, or all that follow
     parameters: Literal["gamma", "beta", "both"] = "both"
@@ -36,7 +37,7 @@ class NormTuning(Method):
         if not layers:
             end = "the next block" if self.layers == "block" else "the output"
             raise ValueError(f"there is no normalization layer between {self.site!r} and {end} to tune")
-        affine = {}
+        affine: dict[str, Edit] = {}
         for name in layers:
             place, norm = sites.affine_output(backbone, name), backbone.get_submodule(name)
             shape = prompt_shape(backbone, place, "channel")

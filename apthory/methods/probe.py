@@ -15,6 +15,7 @@ class LinearProbe(Method):
 
     name: ClassVar[str] = "linear_probe"
     label: ClassVar[str] = "linear probe"
+    color: ClassVar[str] = "#000000"
     site: str = ":output"  # where the features are read
 
     def build(self, backbone: nn.Module, num: int) -> PreparedBackbone:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from apthory.methods.base import Method
 
@@ -21,7 +21,7 @@ def register(method: type[Method]) -> type[Method]:
     return method
 
 
-def find(name: str) -> type[Method]:
+def find_method(name: str) -> type[Method]:
     """The method of a name.
 
     Raises:
@@ -32,19 +32,19 @@ def find(name: str) -> type[Method]:
     return METHODS[name]
 
 
-def make(name: str, options: Mapping[str, Any]) -> Method:
+def make_method(name: str, options: Mapping[str, Any]) -> Method:
     """A method by its name and its fields, which are checked: for what comes from outside, such as a command line.
 
     Raises:
         ValueError: If there is no such method, it has no such field, a field that it needs is missing, or a value is of
             another kind.
     """
-    kind = find(name)
+    kind = find_method(name)
     kinds = get_type_hints(kind)
-    known = {field.name: kinds[field.name] for field in fields(kind)}  # type: ignore[arg-type]
+    known = {field.name: kinds[field.name] for field in fields(cast(Any, kind))}
     if unknown := [option for option in options if option not in known]:
         raise ValueError(f"the method {name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
-    if missing := [option for option in needed(kind) if option not in options]:
+    if missing := [option for option in required_fields(kind) if option not in options]:
         raise ValueError(f"the method {name!r} needs the option {missing[0]!r}: {_words(known[missing[0]])}")
     given = {option: tuple(value) if isinstance(value, list) else value for option, value in options.items()}
     for option, value in given.items():
@@ -53,9 +53,9 @@ def make(name: str, options: Mapping[str, Any]) -> Method:
     return kind(**given)
 
 
-def needed(method: type[Method]) -> list[str]:
+def required_fields(method: type[Method]) -> list[str]:
     """The fields of a method that have no default."""
-    defaults = {field.name: (field.default, field.default_factory) for field in fields(method)}  # type: ignore[arg-type]
+    defaults = {field.name: (field.default, field.default_factory) for field in fields(cast(Any, method))}
     return [name for name, pair in defaults.items() if pair == (MISSING, MISSING)]
 
 

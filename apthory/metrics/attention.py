@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from apthory.metrics.batches import Images, batches
+from apthory.metrics.batches import ImageBatches, batches
 
 ClassToken = Literal["renormalize", "drop"]
 _ENTRIES = {"cpu": 2**21, "cuda": 2**27}  # of the maps in memory at once: what a processor's cache holds, or 0.5 GiB
@@ -33,7 +33,7 @@ class NoAttentionError(ValueError):
 @torch.no_grad()
 def attention_profile(
     backbone: nn.Module,
-    images: Images,
+    images: ImageBatches,
     *,
     class_token: ClassToken = "renormalize",
     num_prefix_tokens: int | None = None,
@@ -355,7 +355,7 @@ class _Reader(TorchFunctionMode):
         """Where the tokens of the running module lie: in a window that it names, or all over the image."""
         num_images, height, width = self.image
         around = next(
-            one.shape for one in reversed(self.running[:-1] or self.running) if one.shape[:1] == self.image[:1]
+            call.shape for call in reversed(self.running[:-1] or self.running) if call.shape[:1] == self.image[:1]
         )
         window = self._window
         if window and math.prod(window) == num_tokens and (num_sequences != num_images or len(around) == 4):

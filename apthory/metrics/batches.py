@@ -5,11 +5,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-Images = Tensor | Iterable[Any]
+IMAGES_AT_ONCE = 32  # in a batch that is cut from a tensor, where the caller does not say
+ImageBatches = Tensor | Iterable[Any]
 """A tensor of normalized images, or batches of them, such as a DataLoader, whose items may be ``(images, labels)``."""
 
 
-def batches(images: Images, batch_size: int, backbone: nn.Module) -> Iterator[Tensor]:
+def batches(images: ImageBatches, batch_size: int, backbone: nn.Module) -> Iterator[Tensor]:
     """Batches on the backbone's device; those cut from a tensor differ in size by one image at most.
 
     Args:

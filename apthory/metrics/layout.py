@@ -15,7 +15,7 @@ from apthory import sites
 _EXTRA_TOKENS = range(6)  # class, distillation and register tokens, where the backbone does not say
 
 
-class Layout(NamedTuple):
+class ActivationLayout(NamedTuple):
     """How to read an activation."""
 
     channel_axis: int  # from the end
@@ -30,7 +30,7 @@ class Layout(NamedTuple):
 
 def layouts(
     backbone: nn.Module, seen: Mapping[str, Tensor], images: Float[Tensor, "batch *pixel"]
-) -> dict[str, Layout]:
+) -> dict[str, ActivationLayout]:
     """How to read the activations at some sites.
 
     Args:
@@ -40,11 +40,11 @@ def layouts(
     Raises:
         ValueError: If tokens do not make up a map, or nothing tells channels from columns.
     """
-    axes = channel_axes(backbone, seen, images)
-    return {site: Layout(axes[site], *_map(backbone, site, z, axes[site])) for site, z in seen.items()}
+    axes = find_channel_axes(backbone, seen, images)
+    return {site: ActivationLayout(axes[site], *_map(backbone, site, z, axes[site])) for site, z in seen.items()}
 
 
-def channel_axes(
+def find_channel_axes(
     backbone: nn.Module, seen: Mapping[str, Tensor], images: Float[Tensor, "batch *pixel"]
 ) -> dict[str, int]:
     """Which axis of each activation counts channels, from the end; where no trace can tell, the shape has to."""

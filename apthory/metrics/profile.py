@@ -28,7 +28,7 @@ def layer_profile(
         images: Normalized; at least 4, since similarity is debiased.
         places: All block sites by default.
         batch_size: Images that are differentiated at once.
-        seed: Of the random directions behind fields and reach.
+        seed: Of the random directions behind fields and gradients.
 
     Returns:
         Columns, lengths in pixels of the image, NaN where a metric has no meaning:
@@ -36,7 +36,8 @@ def layer_profile(
         - ``site``; ``depth``, 0 the image, 1 the last block site, NaN between blocks; ``positions``; ``channels``;
         - ``field``, height of the theoretical receptive field, inf where a layer mixes all positions, NaN where an
           operation is not known; ``radius`` and ``area`` of the effective one;
-        - ``reach``, positions that share an image's gradient; ``reach_share`` of all positions; ``coverage``,
+        - ``reach``, positions that share an image's gradient (its `gradient_spread`; records have it under this name);
+          ``reach_share``, the same as a share of all positions; ``coverage``,
           positions that the gradients of all images share;
         - ``high_frequency``, log of the amplitude at the highest frequency over that of the mean, -inf where a site is
           the same at all positions; ``shared``, the share of the activation that is;
@@ -53,37 +54,37 @@ def layer_profile(
     if len(images) < 4:
         raise ValueError(f"a profile takes at least 4 images, not {len(images)}: similarity is debiased")
     (images,) = batches.batches(images, len(images), backbone)  # on its device, and none of its statistics moves
-    every = sites.list_sites(backbone)
-    places = every if places is None else list(places)
+    block_sites = sites.list_sites(backbone)
+    places = block_sites if places is None else list(places)
     parts = images.split(batch_size)
     with torch.no_grad():
         seen = sites.capture(backbone, places, images[:1])
-    axes = layout.channel_axes(backbone, seen, images[:1])
+    axes = layout.find_channel_axes(backbone, seen, images[:1])
     theory = _theoretical_heights(backbone, images[:1], places)
     signs = torch.Generator().manual_seed(seed)
     fields = receptive.receptive_fields(backbone, progress(parts, desc="receptive fields"), places, generator=signs)
-    reaches = receptive.gradient_reach(backbone, progress(parts, desc="gradient reach"), places, generator=signs)
+    gradients = receptive.gradient_spread(backbone, progress(parts, desc="gradient spread"), places, generator=signs)
     spectra = spectrum.spectra(backbone, progress(parts, desc="spectra"), places)
     grams = progress(images.tensor_split(math.ceil(len(images) / 128)), desc="similarity")
     alike = similarity.layer_similarity(backbone, None, grams, places, places[-1:])[places[-1]]
     attending = _attention_by_site(backbone, progress(parts, desc="attention"), places)
     rows = []
     for site in places:
-        field, reach, spread = fields[site], reaches[site], spectra[site]
+        field, gradient, power = fields[site], gradients[site], spectra[site]
         rows.append(
             {
                 "site": site,
-                "depth": every.index(site) / (len(every) - 1) if site in every else math.nan,
-                "positions": reach.positions,
+                "depth": block_sites.index(site) / (len(block_sites) - 1) if site in block_sites else math.nan,
+                "positions": gradient.positions,
                 "channels": seen[site].shape[axes[site]],
                 "field": theory[site],
                 "radius": field.radius,
                 "area": field.area,
-                "reach": reach.reach,
-                "reach_share": reach.share,
-                "coverage": reach.coverage,
-                "high_frequency": spread.high_frequency,
-                "shared": spread.shared,
+                "reach": gradient.spread,
+                "reach_share": gradient.share,
+                "coverage": gradient.coverage,
+                "high_frequency": power.high_frequency,
+                "shared": power.shared,
                 **attending[site],
                 "similarity_to_last": float(alike[site]),
             }
@@ -113,10 +114,10 @@ def _attention_by_site(
         warnings.warn(f"attention is left out, since {error}", stacklevel=3)
         return dict.fromkeys(places, nothing)
     means = heads.groupby("layer", sort=False)[list(names.values())].mean()
-    found = {}
+    by_site = {}
     for site in places:
         block, _, edge = site.rpartition(":")
         inside = means[[edge == "input" and f"{layer}.".startswith(f"{block}.") for layer in means.index]]
         values = {name: float(inside[column].iloc[0]) for name, column in names.items()} if len(inside) else nothing
-        found[site] = values
-    return found
+        by_site[site] = values
+    return by_site

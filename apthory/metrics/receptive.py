@@ -2,8 +2,8 @@
 
 Backwards from a site lies its *effective receptive field*: the pixels that move its central unit, weighted by how much
 they do (`receptive_fields`). For convolutions it lies within a field that kernels and strides give
-(`theoretical_fields`). Forwards lies its *gradient reach*: the number of positions that share an image's gradient
-(`gradient_reach`). All sites come from one forward pass of each batch of images.
+(`theoretical_fields`). Forwards lies its *gradient spread*: the number of positions that share an image's gradient
+(`gradient_spread`). All sites come from one forward pass of each batch of images.
 """
 
 import math
@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from apthory import sites
-from apthory.metrics.batches import Images, batches
-from apthory.metrics.layout import Layout, channel_axes, finite, layouts
-
-_BATCH = 32  # images at once, where the caller does not say
+from apthory._tools import moved
+from apthory.metrics.batches import IMAGES_AT_ONCE, ImageBatches, batches
+from apthory.metrics.layout import ActivationLayout, find_channel_axes, finite, layouts
 
 Readout = Callable[[Float[Tensor, "batch *feature"], Int64[Tensor, " batch"]], Float[Tensor, " batch"]]
 
@@ -65,7 +64,7 @@ class ReceptiveField:
 
 def receptive_fields(
     backbone: nn.Module,
-    images: Images,
+    images: ImageBatches,
     places: Sequence[str] | None = None,
     *,
     generator: torch.Generator | None = None,
@@ -93,8 +92,8 @@ def receptive_fields(
     places = list(places) if places is not None else sites.list_sites(backbone)
     generator = generator or torch.Generator().manual_seed(0)
     total: dict[str, Tensor] = {}
-    how: dict[str, Layout] = {}
-    for batch in batches(images, _BATCH, backbone):
+    how: dict[str, ActivationLayout] = {}
+    for batch in batches(images, IMAGES_AT_ONCE, backbone):
         x = finite(":input", batch).clone().requires_grad_()
         with torch.enable_grad():
             seen = sites.capture(backbone, places, x)
@@ -261,35 +260,41 @@ def _given(names: Sequence[str], args: tuple, kwargs: dict) -> dict[str, Any]:
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    several = (value,) if isinstance(value, int) else tuple(value)
-    return several[0], several[-1]
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values[0], values[-1]
 
 
-# ------------------------------------------------------------------------------------------ gradient reach
+# ----------------------------------------------------------------------------------------- gradient spread
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reach:
-    """Over how many of a site's positions gradients spread that come back to it."""
+class GradientSpread:
+    """Over how many positions of a site the gradients that come back to it spread."""
 
-    positions: int  # all there are, extra tokens among them
-    reach: float  # that one image's gradient spreads over, mean over images
-    coverage: float  # that the gradients of all images spread over together
+    positions: int  # the number of all positions, extra tokens included
+    spread: float  # the number of positions over which one image's gradient spreads, mean over images
+    coverage: float  # the number of positions over which the gradients of all images together spread
 
     @property
     def share(self) -> float:
-        """Reach over positions: 1 if one image's gradient is felt everywhere alike."""
-        return self.reach / self.positions
+        """The spread as a share of all positions: 1 if a gradient is of the same size everywhere."""
+        return self.spread / self.positions
+
+    @property
+    def reach(self) -> float:
+        """The old name of `spread`."""
+        moved.warn("GradientSpread.reach", "GradientSpread.spread")
+        return self.spread
 
 
-def gradient_reach(
+def gradient_spread(
     backbone: nn.Module,
-    images: Images,
+    images: ImageBatches,
     places: Sequence[str] | None = None,
     *,
     readout: Readout | None = None,
     generator: torch.Generator | None = None,
-) -> dict[str, Reach]:
+) -> dict[str, GradientSpread]:
     """How many positions share an image's gradient at each site, from one forward and one backward pass.
 
     The gradient is that for a shift of the activation, as a prompt would get it from this image alone.
@@ -315,7 +320,7 @@ def gradient_reach(
         return z + shifts[site]
 
     start = 0
-    for x in batches(images, _BATCH, backbone):
+    for x in batches(images, IMAGES_AT_ONCE, backbone):
         finite(":input", x)
         index, start = torch.arange(start, start + len(x)), start + len(x)
         with torch.enable_grad(), sites.edited(backbone, {site: partial(shifted, site) for site in places}):
@@ -324,22 +329,22 @@ def gradient_reach(
                 readout(features, index) if readout else (features * _signs(features, generator)).flatten(1).sum(1)
             )
             gradients = torch.autograd.grad(outcome.sum(), [shifts[site] for site in places], allow_unused=True)
-        axes = axes or channel_axes(backbone, shifts, x)
+        axes = axes or find_channel_axes(backbone, shifts, x)
         for site, gradient in zip(places, gradients, strict=True):
             gradient = shifts[site] if gradient is None else gradient  # of zeros, as is no gradient
             by_position = gradient.double().square().sum(axes[site])
             energies[site].append(by_position.reshape(len(x), -1))
-    return {site: _reach(site, torch.cat(several)) for site, several in energies.items()}
+    return {site: _spread(site, torch.cat(parts)) for site, parts in energies.items()}
 
 
-def _reach(site: str, energy: Float[Tensor, "batch position"]) -> Reach:
+def _spread(site: str, energy: Float[Tensor, "batch position"]) -> GradientSpread:
     energy = energy[energy.sum(1) > 0]
     if not len(energy):
-        raise ValueError(f"no gradient comes back to site {site!r} from any image: it has no reach")
+        raise ValueError(f"no gradient comes back to site {site!r} from any image, so it has no spread")
     share = energy / energy.sum(1, keepdim=True)
-    return Reach(
+    return GradientSpread(
         positions=energy.shape[1],
-        reach=float(participation_ratio(share).mean()),
+        spread=float(participation_ratio(share).mean()),
         coverage=float(participation_ratio(share.sum(0))),
     )
 

@@ -26,10 +26,10 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from apthory import sites
-from apthory.metrics.batches import Images, batches
+from apthory.metrics.batches import ImageBatches, batches
 
 Kernel = Literal["linear", "rbf"]
-_ROUNDING = 1e-12  # of a Gram matrix's squared norm: what is left of float32 features that are all alike
+_GRAM_ROUNDING = 1e-12  # of a Gram matrix's squared norm: what is left of float32 features that are all alike
 
 
 def cka(
@@ -64,9 +64,9 @@ def cka(
         hsic = _hsic_of_features(pair, debiased)
     else:
         grams = {name: gram(z, kernel, bandwidth) for name, z in pair.items()}
-        centred = _centred(grams, debiased)
+        centred = _centred_grams(grams, debiased)
         hsic = _hsic(centred, centred, debiased)
-    return _cosines(hsic, hsic.diagonal(), hsic.diagonal(), list(pair), list(pair))[0, 1]
+    return _cka_of_hsic(hsic, hsic.diagonal(), hsic.diagonal(), list(pair), list(pair))[0, 1]
 
 
 class CKA:
@@ -101,16 +101,16 @@ class CKA:
             ValueError: If numbers of samples differ or are below 4 (biased: 3), features are not finite, or the
                 layers are not those of the batches before.
         """
-        several = [features_a] if features_b is None else [features_a, features_b]
-        for z in (z for features in several for z in features.values()):
+        by_network = [features_a] if features_b is None else [features_a, features_b]
+        for z in (z for features in by_network for z in features.values()):
             _check_number(len(z), self.debiased)
-        self.update_grams(*({name: self.gram(z) for name, z in features.items()} for features in several))
+        self.update_grams(*({name: self.gram(z) for name, z in features.items()} for features in by_network))
 
     @torch.no_grad()
     def update_grams(self, grams_a: Mapping[str, Tensor], grams_b: Mapping[str, Tensor] | None = None) -> None:
         """Add a batch of which only the Gram matrices (`gram`) were kept."""
-        a = _centred(grams_a, self.debiased)
-        b = a if grams_b is None else _centred(grams_b, self.debiased).to(a.device)
+        a = _centred_grams(grams_a, self.debiased)
+        b = a if grams_b is None else _centred_grams(grams_b, self.debiased).to(a.device)
         if len(a[0]) != len(b[0]):
             raise ValueError(f"one network gave {len(a[0])} samples, the other {len(b[0])}; give both the same images")
         names = (list(grams_a), list(grams_a if grams_b is None else grams_b))
@@ -130,7 +130,7 @@ class CKA:
         if not self._sums:
             raise ValueError("there is no batch to compare; call update with features first")
         hsic, self_a, self_b = self._sums
-        values = _cosines(hsic, self_a, self_b, *self._names)
+        values = _cka_of_hsic(hsic, self_a, self_b, *self._names)
         rows, columns = (pd.Index(names, name=f"layer_{which}") for names, which in zip(self._names, "ab", strict=True))
         return pd.DataFrame(values.cpu().numpy(), rows, columns)
 
@@ -139,11 +139,11 @@ class CKA:
 def layer_similarity(
     model_a: nn.Module,
     model_b: nn.Module | None,
-    images: Images,
+    images: ImageBatches,
     sites_a: Sequence[str] | None = None,
     sites_b: Sequence[str] | None = None,
     *,
-    images_b: Images | None = None,
+    images_b: ImageBatches | None = None,
     batch_size: int = 128,
     kernel: Kernel = "linear",
     debiased: bool = True,
@@ -272,7 +272,7 @@ def _least(x: Tensor, level: Tensor) -> Tensor:
     return (8 * torch.finfo(x.dtype).eps) ** 2 * level
 
 
-def _centred(grams: Mapping[str, Tensor], debiased: bool) -> Float64[Tensor, "layer sample sample"]:
+def _centred_grams(grams: Mapping[str, Tensor], debiased: bool) -> Float64[Tensor, "layer sample sample"]:
     """The layers' Gram matrices, each with rows and columns that add up to zero; debiased, on a diagonal of zeros."""
     if not grams:
         raise ValueError("there are no layers to compare; give at least one")
@@ -294,7 +294,7 @@ def _centred(grams: Mapping[str, Tensor], debiased: bool) -> Float64[Tensor, "la
         rows = matrices.mean(2, keepdim=True)
         centred = matrices - rows - rows.mT + rows.mean(1, keepdim=True)
     squares, total = (z.square().sum((1, 2), keepdim=True) for z in (centred, matrices))
-    return torch.where(squares <= _ROUNDING * total, 0, centred)
+    return torch.where(squares <= _GRAM_ROUNDING * total, 0, centred)
 
 
 def _check_number(num: int, debiased: bool) -> None:
@@ -309,7 +309,7 @@ def _check_number(num: int, debiased: bool) -> None:
 # ------------------------------------------------------------------------------------------ HSIC
 
 
-def _pairs(num: int, debiased: bool) -> int:
+def _num_pairs(num: int, debiased: bool) -> int:
     return num * (num - 3) if debiased else (num - 1) ** 2
 
 
@@ -317,11 +317,11 @@ def _hsic(
     a: Float64[Tensor, "layer_a sample sample"], b: Float64[Tensor, "layer_b sample sample"], debiased: bool
 ) -> Float64[Tensor, "layer_a layer_b"]:
     """HSIC of all pairs of layers: inner products of centred Gram matrices."""
-    return a.flatten(1) @ b.flatten(1).T / _pairs(a.shape[1], debiased)
+    return a.flatten(1) @ b.flatten(1).T / _num_pairs(a.shape[1], debiased)
 
 
 def _self_hsic(a: Float64[Tensor, "layer sample sample"], debiased: bool) -> Float64[Tensor, " layer"]:
-    return a.square().sum((1, 2)) / _pairs(a.shape[1], debiased)
+    return a.square().sum((1, 2)) / _num_pairs(a.shape[1], debiased)
 
 
 def _hsic_of_features(pair: Mapping[str, Tensor], debiased: bool) -> Float64[Tensor, "2 2"]:
@@ -331,7 +331,7 @@ def _hsic_of_features(pair: Mapping[str, Tensor], debiased: bool) -> Float64[Ten
     unbiased HSIC is subtracted: ``(<K, L> - n/(n-2) a.b + (sum a)(sum b) / ((n-1)(n-2))) / (n(n-3))``.
     """
     num = len(next(iter(pair.values())))
-    several = []
+    centred = []
     for name, x in pair.items():
         x = _widened(x)
         z = x.double() / _size(x).double()
@@ -339,18 +339,18 @@ def _hsic_of_features(pair: Mapping[str, Tensor], debiased: bool) -> Float64[Ten
         z = z - mean
         if not z.isfinite().all():
             raise ValueError(f"features of {name!r} hold NaN or infinite values")
-        several.append(torch.where(z.square().sum(1).amax() <= _least(x, mean.square().sum()), 0, z))
-    total = torch.stack([torch.stack([(x.T @ y).square().sum() for y in several]) for x in several])
+        centred.append(torch.where(z.square().sum(1).amax() <= _least(x, mean.square().sum()), 0, z))
+    total = torch.stack([torch.stack([(x.T @ y).square().sum() for y in centred]) for x in centred])
     hsic = total
     if debiased:
-        diagonals = torch.stack([z.square().sum(1) for z in several])
+        diagonals = torch.stack([z.square().sum(1) for z in centred])
         traces = diagonals.sum(1)
         hsic = total - num / (num - 2) * diagonals @ diagonals.T + traces.outer(traces) / ((num - 1) * (num - 2))
     with_itself = torch.eye(2, dtype=torch.bool, device=hsic.device)
-    return torch.where((hsic <= _ROUNDING * total) & with_itself, 0, hsic) / _pairs(num, debiased)
+    return torch.where((hsic <= _GRAM_ROUNDING * total) & with_itself, 0, hsic) / _num_pairs(num, debiased)
 
 
-def _cosines(
+def _cka_of_hsic(
     hsic: Float64[Tensor, "layer_a layer_b"],
     self_a: Float64[Tensor, " layer_a"],
     self_b: Float64[Tensor, " layer_b"],
@@ -368,7 +368,7 @@ def _cosines(
 
 
 def _paired(
-    images: Images, images_b: Images | None, batch_size: int, model_a: nn.Module, model_b: nn.Module
+    images: ImageBatches, images_b: ImageBatches | None, batch_size: int, model_a: nn.Module, model_b: nn.Module
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches for both networks, which must be as many."""
     if images_b is None:

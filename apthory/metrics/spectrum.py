@@ -14,11 +14,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from apthory import sites
-from apthory.metrics.batches import Images, batches
-from apthory.metrics.layout import Layout, finite, layouts
+from apthory.metrics.batches import IMAGES_AT_ONCE, ImageBatches, batches
+from apthory.metrics.layout import ActivationLayout, finite, layouts
 
-_BATCH = 32  # images at once, where the caller does not say
-_ROUNDING = 1e-28  # of the power of a map that is zero there
+_POWER_ROUNDING = 1e-28  # of the power of a map that is zero there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +45,7 @@ class Spectrum:
         """
         if len(self.frequency) < 2:
             raise ValueError("a map of one position has no frequencies to compare")
-        is_silent = self.power <= _ROUNDING * self.power.sum()
+        is_silent = self.power <= _POWER_ROUNDING * self.power.sum()
         if is_silent.any():
             silent = float(self.frequency[int(is_silent.nonzero()[0])])
             raise ValueError(f"there is no amplitude at frequency {silent:g}, so its logarithm is infinite")
@@ -56,7 +55,7 @@ class Spectrum:
     def high_frequency(self) -> float:
         """The same at the highest frequency: 0 for noise; -inf where there is none of it, NaN for a single position."""
         first, last = self.amplitude[[0, -1]].tolist()
-        is_silent = bool(self.power[-1] <= _ROUNDING * self.power.sum())
+        is_silent = bool(self.power[-1] <= _POWER_ROUNDING * self.power.sum())
         return math.nan if len(self.power) < 2 else -math.inf if is_silent else math.log(last / first)
 
     @property
@@ -95,7 +94,7 @@ def amplitude_by_frequency(maps: Float[Tensor, "batch channel height width"]) ->
 
 
 @torch.no_grad()
-def spectra(backbone: nn.Module, images: Images, places: Sequence[str] | None = None) -> dict[str, Spectrum]:
+def spectra(backbone: nn.Module, images: ImageBatches, places: Sequence[str] | None = None) -> dict[str, Spectrum]:
     """The spectrum of each site's maps, from one forward pass; tokens that belong to no position are left out.
 
     Args:
@@ -105,15 +104,15 @@ def spectra(backbone: nn.Module, images: Images, places: Sequence[str] | None = 
         ValueError: If activations are not finite, tokens make up no map, or the backbone is in training mode.
     """
     places = list(places) if places is not None else sites.list_sites(backbone)
-    how: dict[str, Layout] = {}
-    found: dict[str, Spectrum] = {}
+    how: dict[str, ActivationLayout] = {}
+    by_site: dict[str, Spectrum] = {}
     num = 0
-    for x in batches(images, _BATCH, backbone):
+    for x in batches(images, IMAGES_AT_ONCE, backbone):
         seen = sites.capture(backbone, places, x)
         how = how or layouts(backbone, seen, x)
         for site, z in seen.items():
             own = amplitude_by_frequency(how[site].maps(finite(site, z)))
-            before = found[site].power if site in found else own.power
-            found[site] = replace(own, power=(num * before + len(x) * own.power) / (num + len(x)))
+            before = by_site[site].power if site in by_site else own.power
+            by_site[site] = replace(own, power=(num * before + len(x) * own.power) / (num + len(x)))
         num += len(x)
-    return found
+    return by_site

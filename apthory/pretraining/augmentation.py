@@ -51,8 +51,8 @@ def randaugment(
     return torch.cat([transform(group) for group in images.split(_GROUP)])
 
 
-def mean_std(model: nn.Module) -> tuple[Float[Tensor, "channel 1 1"], Float[Tensor, "channel 1 1"]]:
-    """`backbones.mean_std`, where the model is."""
+def mean_std_on_device(model: nn.Module) -> tuple[Float[Tensor, "channel 1 1"], Float[Tensor, "channel 1 1"]]:
+    """`backbones.mean_std` on the device of the model."""
     device = next(model.parameters()).device
     mean, std = backbones.mean_std(model)
     return mean.to(device), std.to(device)

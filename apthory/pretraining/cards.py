@@ -10,7 +10,7 @@ from apthory import backbones
 from apthory._tools.files import write_atomically
 
 MAX_CHECKPOINT_BYTES = 8_000_000  # bytes of all shipped files from before the end of training, together
-_WEIGHTS = {"ema": "moving average", "model": "as trained"}
+_WEIGHT_KINDS = {"ema": "moving average", "model": "as trained"}
 _ENDINGS = (".safetensors", ".json", ".md")
 
 
@@ -20,7 +20,7 @@ def write(card: Mapping[str, Any], weights: Path) -> None:
     write_atomically(weights.with_suffix(".md"), text(card).encode())
 
 
-def read(weights: Path) -> dict[str, Any]:
+def read_card(weights: Path) -> dict[str, Any]:
     """The card of a weight file.
 
     Raises:
@@ -42,7 +42,7 @@ def curve(card: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def num_epochs(card: Mapping[str, Any]) -> int:
-    """Of all runs that made the weights."""
+    """Epochs of all runs that made the weights."""
     return card["epochs"] + sum(run["epoch"] for run in card.get("before", []))
 
 
@@ -59,9 +59,10 @@ def text(card: Mapping[str, Any]) -> str:
     if card["curve"]:
         losses = "In the curve, `loss` is that of the training images as they were augmented, with softened labels"
         losses += "; `validation_*` are of training images held out." if data.get("validation") else "."
+    kind = _WEIGHT_KINDS[file["weights"]]
     return f"""# {Path(file["name"]).stem}
 
-`{file["name"]}`: {card["parameters"]:,} parameters ({_WEIGHTS[file["weights"]]}) in float16, running variances of batch
+`{file["name"]}`: {card["parameters"]:,} parameters ({kind}) in float16, running variances of batch
 norms in float32, after {card["epochs"]} of {recipe["epochs"]} epochs from {start}{clock}.
 
 **Top-1 {test["top1"]:.2%}** on the {test["images"]:,} test images of `{data["name"]}` ({data["classes"]} classes).
@@ -74,23 +75,23 @@ backbone = apthory.load_backbone("{card["backbone"]}", weights="{file["name"]}")
 ```
 
 ## Data
-{_pairs(data)}
+{_two_columns(data)}
 
 ## Recipe
-{_pairs(card["recipe"])}
+{_two_columns(card["recipe"])}
 
 ## Hardware and versions
-{_pairs(card["environment"])}
+{_two_columns(card["environment"])}
 
 ## Curve
 {_table(card["curve"]) or "Not recorded."}
 """ + "".join(_earlier(run) for run in reversed(earlier))
 
 
-def problems(weights: Path) -> list[str]:
+def card_problems(weights: Path) -> list[str]:
     """Say how a weight file of ours and its card's JSON disagree; empty if they do not."""
     try:
-        card = read(weights)
+        card = read_card(weights)
         if card["file"]["sha256"] != hashlib.sha256(weights.read_bytes()).hexdigest():
             return [f"{weights.name} is not the file of its card: the SHA-256 differs"]
         num_classes = card["data"]["classes"]
@@ -164,11 +165,11 @@ def ship(files: Sequence[Path], folder: Path | None = None) -> list[Path]:
 
 def _accepted(path: Path) -> dict[str, Any]:
     """The card of a file that may ship."""
-    card = read(path)
+    card = read_card(path)
     if card["backbone"] not in backbones.SHIPPED:
         raise ValueError(f"{path.name} is of {card['backbone']!r}; those that ship are {', '.join(backbones.SHIPPED)}")
-    if found := problems(path):
-        raise ValueError("; ".join(found))
+    if problems := card_problems(path):
+        raise ValueError("; ".join(problems))
     if not card["note"].strip():
         raise ValueError(f"the card of {path.name} has no note; say the licence of the data: `apthory pretrain --note`")
     if (seed := _first_run(card)["recipe"]["seed"]) != 0:
@@ -188,9 +189,9 @@ def _earlier(run: Mapping[str, Any]) -> str:
 ## The run before: {_length(run)}, {run["hours"]:.1f} hours
 Its checkpoint has the SHA-256 `{run["sha256"]}`.
 
-{_pairs(run["recipe"])}
+{_two_columns(run["recipe"])}
 
-{_pairs(run["environment"])}
+{_two_columns(run["environment"])}
 
 {_table(run["curve"])}
 """
@@ -206,5 +207,5 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _pairs(values: Mapping[str, Any]) -> str:
+def _two_columns(values: Mapping[str, Any]) -> str:
     return _table([{"name": name, "value": value} for name, value in values.items()])

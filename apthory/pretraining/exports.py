@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from apthory import backbones, tasks
 from apthory._tools.files import write_atomically
 from apthory.pretraining import cards
-from apthory.pretraining.augmentation import mean_std, normalized
+from apthory.pretraining.augmentation import mean_std_on_device, normalized
 from apthory.pretraining.config import Config, find_device
 from apthory.tasks import Images, Task
 
@@ -53,7 +53,7 @@ def export(
     Raises:
         ValueError: If the checkpoint is corrupt, was trained on other images, or does not fit float16.
     """
-    if (state := read(checkpoint)) is None:
+    if (state := read_checkpoint(checkpoint)) is None:
         raise ValueError(f"{checkpoint} is corrupt; export another one of its folder")
     config = Config(**state["recipe"])
     task = task or first_classes(tasks.load(config.task, config.size, data), config.num_classes)
@@ -61,9 +61,9 @@ def export(
         raise ValueError(f"{checkpoint} was not trained on these images of {task.name!r}; give the same task")
     half = {name: _half(name, value) for name, value in state[weights].items()}
     content = safetensors.torch.save(half, {"format": "pt"})  # safetensors writes a second key in random order
-    model = create(config, len(task.classes))
+    model = random_start(config, len(task.classes))
     model.load_state_dict(safetensors.torch.load(content))
-    loss, top1 = evaluate(model.to(find_device(device)), task.test, torch.arange(len(task.test)))
+    loss, top1 = loss_and_accuracy(model.to(find_device(device)), task.test, torch.arange(len(task.test)))
     card = {
         "backbone": config.backbone,
         "file": {"name": output.name, "sha256": hashlib.sha256(content).hexdigest(), "weights": weights},
@@ -83,8 +83,8 @@ def export(
     return output
 
 
-def create(config: Config, num_classes: int) -> nn.Module:
-    """The random start of a run, on the CPU, for images of its size."""
+def random_start(config: Config, num_classes: int) -> nn.Module:
+    """The network with random weights from which a run starts, on the CPU, for images of the run's size."""
     model = backbones.start(config.backbone, num_classes, config.seed)
     if hasattr(model, "set_input_size") and backbones.input_size(model) != config.size:
         model = backbones.start(config.backbone, num_classes, config.seed, img_size=config.size)
@@ -103,12 +103,12 @@ def first_classes(task: Task, count: int | None) -> Task:
 
 
 @torch.no_grad()
-def evaluate(
+def loss_and_accuracy(
     model: nn.Module, images: Images, index: Int64[Tensor, " subset"], precision: str = "float32"
 ) -> tuple[float, float]:
     """Mean cross-entropy and share of right answers."""
     model.eval()
-    mean, std = mean_std(model)
+    mean, std = mean_std_on_device(model)
     total = torch.zeros(2, device=mean.device)
     for part in index.to(images.labels.device).split(512):
         pixels, labels = (values[part].to(mean.device) for values in (images, images.labels))
@@ -130,7 +130,7 @@ def epoch_of(checkpoint: Path) -> int:
     return int(checkpoint.stem.removeprefix("epoch-"))
 
 
-def read(path: Path) -> dict[str, Any] | None:
+def read_checkpoint(path: Path) -> dict[str, Any] | None:
     """The content of a checkpoint, or None if damaged: `torch.load` compares no checksums, `testzip` does."""
     try:
         with zipfile.ZipFile(path) as archive:

@@ -24,7 +24,7 @@ from apthory._tools.environment import environment
 from apthory._tools.files import write_atomically
 from apthory._tools.progress import progress
 from apthory.pretraining import exports
-from apthory.pretraining.augmentation import crop_and_flip, mean_std, normalized, randaugment
+from apthory.pretraining.augmentation import crop_and_flip, mean_std_on_device, normalized, randaugment
 from apthory.pretraining.config import Config, find_device, find_precision
 from apthory.tasks import Images, Task
 
@@ -106,7 +106,7 @@ class Run:
         self.config, self.task, self.device = config, task, find_device(config.device)
         self.precision = find_precision(config.precision, self.device)
         self.split = task.split(config.seed, None, config.num_validation, None)
-        model = exports.create(config, len(task.classes))
+        model = exports.random_start(config, len(task.classes))
         self.before = self._begin(model, after) if after else []
         if self.device.type == "cpu" and self.precision == "bfloat16":
             for module in model.modules():  # measured: fused attention trains half as fast in bfloat16
@@ -137,7 +137,7 @@ class Run:
         """Advance by one epoch, with all randomness from its own stream."""
         config, epoch, clock = self.config, self.epoch + 1, time.perf_counter()
         mixup = v2.MixUp(alpha=config.mixup, num_classes=len(self.task.classes)) if config.mixup else None
-        mean, std = mean_std(self.model)
+        mean, std = mean_std_on_device(self.model)
         watched = torch.zeros(self.steps, 2, device=self.device)  # loss and length of the gradient
         done = sum(run["epoch"] for run in self.before)
         with random_stream(config.seed, done + epoch, self.device) as generator, same_bits(self.device):
@@ -168,7 +168,7 @@ class Run:
             point = {"epoch": epoch, "learning_rate": self.optimizer.param_groups[0]["lr"]}
             point["loss"] = watched[:, 0].mean().item()
             if len(self.split.validation):
-                scores = exports.evaluate(self.ema.module, self.images, self.split.validation, self.precision)
+                scores = exports.loss_and_accuracy(self.ema.module, self.images, self.split.validation, self.precision)
                 point["validation_loss"], point["validation_top1"] = scores
         self.epoch, self.seconds = epoch, self.seconds + time.perf_counter() - clock
         self.curve.append(point)
@@ -198,7 +198,7 @@ class Run:
     def resume(self, folder: Path) -> Path | None:
         """Go on from the last whole checkpoint of a folder, if there is one; corrupt ones are set aside."""
         for path in sorted(folder.glob("epoch-*.pt"), key=exports.epoch_of, reverse=True):
-            if (state := exports.read(path)) is None:
+            if (state := exports.read_checkpoint(path)) is None:
                 path.replace(aside := path.with_name(f"{path.name}.corrupt"))
                 message = f"{path} is corrupt, set aside as {aside.name}; the one before it is used"
                 warnings.warn(message, RuntimeWarning, stacklevel=3)
@@ -218,7 +218,7 @@ class Run:
 
     def _begin(self, model: nn.Module, after: Path) -> list[dict[str, Any]]:
         """Take over the averaged weights of another run's checkpoint; what was done to them, run by run."""
-        if (state := exports.read(after)) is None:
+        if (state := exports.read_checkpoint(after)) is None:
             raise ValueError(f"{after} is corrupt; begin with another checkpoint of its folder")
         was = state["recipe"]["backbone"], *(state["data"][name] for name in ("digest", "split"))
         if was != (self.config.backbone, self.data["digest"], self.data["split"]):

@@ -271,7 +271,7 @@ class _Tangents:
         prompts: list[Tensor] = []  # the one that the suffix adds is the last
         prefix, suffix = sites.split(self.backbone, site, {site: lambda z: z + prompts[-1]})
 
-        def part(chunk: Int64[Tensor, " image"]) -> tangent.Part:
+        def part(chunk: Int64[Tensor, " image"]) -> tangent.ExampleSet:
             x, labels, _ = self._at(chunk)
             with torch.no_grad():
                 crossing = prefix(x)
@@ -280,7 +280,7 @@ class _Tangents:
                 prompts[:] = [prompt]
                 return self.head(suffix(*crossing))
 
-            return tangent.Part(model, lambda y: functional.cross_entropy(y, labels, reduction="sum") / len(half))
+            return tangent.ExampleSet(model, lambda y: functional.cross_entropy(y, labels, reduction="sum") / len(half))
 
         found = tangent.newton(list(map(part, half.split(_CHUNK))), prompt, ridge, max_products=_PRODUCTS)
         return float((found.step * others[site]).sum()) / 2

@@ -22,7 +22,7 @@ from apthory.sites.tracing import (
     CHANNELS_FIRST,
     CHANNELS_LAST,
     NORMS,
-    Edit,
+    EditFunction,
     Trace,
     UntraceableError,
     absent,
@@ -37,10 +37,10 @@ from apthory.sites.tracing import (
     upstream,
 )
 
-Kind = Literal["block", "norm", "all"]
+SiteKind = Literal["block", "norm", "all"]
 
 
-def list_sites(backbone: nn.Module, kind: Kind = "block") -> list[str]:
+def list_sites(backbone: nn.Module, kind: SiteKind = "block") -> list[str]:
     """Canonical sites in the order in which the backbone computes them.
 
     Args:
@@ -71,7 +71,7 @@ def list_sites(backbone: nn.Module, kind: Kind = "block") -> list[str]:
 
 
 def describe(
-    backbone: nn.Module, kind: Kind = "block", example: Float[Tensor, "batch *image"] | None = None
+    backbone: nn.Module, kind: SiteKind = "block", example: Float[Tensor, "batch *image"] | None = None
 ) -> list[Site]:
     """The same sites as `list_sites`, each with its shape, channel axis and depth.
 
@@ -104,7 +104,7 @@ def site(backbone: nn.Module, name: str, example: Float[Tensor, "batch *image"] 
     return listing.sites[name]
 
 
-def tree(backbone: nn.Module, kind: Kind = "block", example: Float[Tensor, "batch *image"] | None = None) -> Tree:
+def tree(backbone: nn.Module, kind: SiteKind = "block", example: Float[Tensor, "batch *image"] | None = None) -> Tree:
     """The sites of `describe` as a table: ``print(apthory.sites.tree(backbone))``.
 
     A site inside a block stands under the block's input, and is indented. The result iterates over its ``.sites``.
@@ -180,7 +180,7 @@ def affine_output(backbone: nn.Module, norm: str) -> str:
 
 
 def capture(
-    backbone: nn.Module, sites: Sequence[str], x: Float[Tensor, "batch *unit"], keep_of: Edit = Tensor.clone
+    backbone: nn.Module, sites: Sequence[str], x: Float[Tensor, "batch *unit"], keep_of: EditFunction = Tensor.clone
 ) -> dict[str, Tensor]:
     """Activations at the sites during one forward pass, keyed by the names given.
 
@@ -212,7 +212,7 @@ def capture(
 
 @contextmanager
 def edited(
-    backbone: nn.Module, edits: Mapping[str, Edit], *, replace: Mapping[str, nn.Module] | None = None
+    backbone: nn.Module, edits: Mapping[str, EditFunction], *, replace: Mapping[str, nn.Module] | None = None
 ) -> Iterator[nn.Module]:
     """The backbone with functions applied at some sites and with some modules replaced; always restored at the end.
 
@@ -251,7 +251,7 @@ def edited(
 def split(
     backbone: nn.Module,
     site: str,
-    edits: Mapping[str, Edit] | None = None,
+    edits: Mapping[str, EditFunction] | None = None,
     example: Tensor | None = None,
     *,
     replace: Mapping[str, nn.Module] | None = None,
@@ -318,7 +318,9 @@ class _Identity(nn.Module):
 class _Hooked(nn.Module):
     """A whole backbone with its edits and replaced modules, for models that cannot be traced."""
 
-    def __init__(self, backbone: nn.Module, edits: Mapping[str, Edit], replace: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self, backbone: nn.Module, edits: Mapping[str, EditFunction], replace: Mapping[str, nn.Module]
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.edits, self.replace = dict(edits), dict(replace)
@@ -409,7 +411,7 @@ def _listing(backbone: nn.Module, example: Tensor | None) -> Listing:
     listings = kept(backbone).listings
     if size not in listings:
         if is_traceable(backbone):
-            listed = {kind: list_sites(backbone, kind) for kind in get_args(Kind)}
+            listed = {kind: list_sites(backbone, kind) for kind in get_args(SiteKind)}
             shapes = _shapes(backbone, listed["all"], example)
             names = {kind: [name for name in listed[kind] if name in shapes] for kind in listed}
         else:
@@ -479,7 +481,7 @@ def _named(backbone: nn.Module, site: str) -> str:
 
 
 def _edit_input(
-    site: str, edit: Edit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    site: str, edit: EditFunction, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if not args:
         raise ValueError(f"{site!r}: the module is called with keywords only, so its input is no site; use an output")

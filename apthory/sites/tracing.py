@@ -19,7 +19,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from apthory.sites.description import Listing
 
-Edit = Callable[[Tensor], Tensor]
+EditFunction = Callable[[Tensor], Tensor]
 NORMS = (
     nn.modules.batchnorm._BatchNorm,
     nn.LayerNorm,
@@ -196,7 +196,7 @@ class Trace:
     def cut(
         self,
         site: str,
-        edits: Sequence[tuple[str, Edit]],
+        edits: Sequence[tuple[str, EditFunction]],
         replace: Mapping[str, nn.Module],
         example: Tensor | None,
     ) -> tuple[nn.Module, nn.Module]:
@@ -248,7 +248,7 @@ class Trace:
         batch = suffix.call_function(operator.getitem, (suffix.call_function(getattr, (new[place], "shape")), 0))
         for node, rule in sizes.items():
             new[node] = rule(suffix, batch)
-        by_mark: dict[fx.Node, list[Edit]] = {}
+        by_mark: dict[fx.Node, list[EditFunction]] = {}
         for name, edit in edits:
             by_mark.setdefault(self.marks[name], []).append(edit)
         replaced = {self.calls[name]: name for name in replace}
@@ -481,7 +481,7 @@ def _copied(value: Any) -> Any:
 class _Edit(nn.Module):
     """Any callable as a module, since the code that torch.fx writes cannot name partials and bound methods."""
 
-    def __init__(self, function: Edit) -> None:
+    def __init__(self, function: EditFunction) -> None:
         super().__init__()
         self.function = function
 
@@ -523,7 +523,7 @@ def absent(backbone: nn.Module, name: str) -> str:
     parent, module, rest = "", backbone, name.split(".")
     while rest and isinstance(module._modules.get(rest[0]), nn.Module):
         module = module._modules[rest[0]]
-        parent = _joined(parent, rest.pop(0))
+        parent = _in_words(parent, rest.pop(0))
     if not rest:
         known = next(known for known, same in backbone.named_modules() if same is module)
         return f"{start} of its own: that is another name of {known!r}"
@@ -531,8 +531,8 @@ def absent(backbone: nn.Module, name: str) -> str:
     near: list[str] = []  # children of the last module on the way that exists
     if not (rest[0].isdigit() and all(child.isdigit() for child in children)):
         near = difflib.get_close_matches(rest[0], children, n=3, cutoff=0.6)
-    meant = [path for child in near if (path := _joined(parent, child, *rest[1:])) in names]
-    meant = meant or [_joined(parent, child) for child in near]
+    meant = [path for child in near if (path := _in_words(parent, child, *rest[1:])) in names]
+    meant = meant or [_in_words(parent, child) for child in near]
     if near:
         children = near + [child for child in children if child not in near]
     listed = f"{parent!r} has the children {_spoken(children)}" if children else f"{parent!r} has no children"
@@ -548,7 +548,7 @@ def _either(names: Iterable[str]) -> str:
     return " or ".join(map(repr, names))
 
 
-def _joined(*parts: str) -> str:
+def _in_words(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 

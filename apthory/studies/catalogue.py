@@ -9,16 +9,20 @@ import pandas as pd
 from apthory.lab import records
 from apthory.studies import during_training, layers, pixel_grids, pixels
 
-Study = layers.Study | pixels.Study
+Study = layers.LayerStudy | pixels.PixelStudy
 
 
 def known() -> dict[str, Mapping[str, Study]]:
     """All studies, by suite and name."""
-    several = (layers.STUDIES, during_training.STUDIES, pixel_grids.STUDIES)
-    return {suite: {name: one for by in several for name, one in by.get(suite, {}).items()} for suite in records.SUITES}
+    by_module = (layers.LAYER_STUDIES, during_training.STAGE_STUDIES, pixel_grids.PIXEL_STUDIES)
+    return {
+        suite: {name: study for studies in by_module for name, study in studies.get(suite, {}).items()}
+        for suite in records.SUITES
+    }
 
 
-def run(study: Study, folder: Path, executor: Executor | None = None) -> pd.DataFrame:
-    """All cells of a study of either kind, computed or read, as its module's table."""
-    module = layers if isinstance(study, layers.Study) else pixels
-    return module.run_study(study, folder, executor)
+def run_study(study: Study, folder: Path, executor: Executor | None = None) -> pd.DataFrame:
+    """All cells of a layer study or a pixel study, computed or read from records, as a table."""
+    if isinstance(study, layers.LayerStudy):
+        return layers.run_layer_study(study, folder, executor)
+    return pixels.run_pixel_study(study, folder, executor)

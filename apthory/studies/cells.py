@@ -54,7 +54,7 @@ def cell(
 ) -> dict[str, Any]:
     """Configuration of `run_cell` under a protocol."""
     seeds = protocol.control_seeds if control else protocol.seeds
-    return record_format.cell(backbone, task, method, protocol.recipe, protocol.learning_rates, seeds, head)
+    return record_format.spell_cell(backbone, task, method, protocol.recipe, protocol.learning_rates, seeds, head)
 
 
 def fetch_all(
@@ -71,10 +71,10 @@ def fetch_all(
             same folders of data, weights and records.
     """
     if executor is None:
-        return [fetch(config, folder, function) for config in progress(configs, desc="cells")]
+        return [fetch_cell(config, folder, function) for config in progress(configs, desc="cells")]
     known = [_recorded(config, folder, function) for config in progress(configs, desc="records")]
     pairs = zip(configs, known, strict=True)
-    futures = [executor.submit(fetch, config, folder, function) for config, record in pairs if record is None]
+    futures = [executor.submit(fetch_cell, config, folder, function) for config, record in pairs if record is None]
     try:
         for future in progress(as_completed(futures), desc="cells", total=len(futures)):
             future.result()  # the first failure ends the sweep; what is done stays recorded
@@ -90,7 +90,7 @@ def processes(num: int) -> Executor:
     return ProcessPoolExecutor(num, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
 
 
-def fetch(
+def fetch_cell(
     config: Mapping[str, Any],
     folder: Path,
     function: Callable[..., Mapping[str, Any]] | None = None,
@@ -109,7 +109,7 @@ def fetch(
     """
     function = function or run_cell
     try:
-        model, task = load(config["backbone"], config["task"], config["size"])
+        model, task = load_backbone_and_task(config["backbone"], config["task"], config["size"])
     except (ValueError, OSError) as error:
         if {"APTHORY_DATA", "APTHORY_WEIGHTS", "APTHORY_FRESH"} & set(os.environ):
             raise
@@ -126,17 +126,17 @@ def fetch(
 def _recorded(
     config: Mapping[str, Any], folder: Path, function: Callable[..., Mapping[str, Any]] | None
 ) -> records.Record | None:
-    """What `fetch` gives without computing anything; None where there is something to compute."""
+    """What `fetch_cell` gives without computing anything; None where there is something to compute."""
     try:
-        model, task = load(config["backbone"], config["task"], config["size"])
+        model, task = load_backbone_and_task(config["backbone"], config["task"], config["size"])
     except (ValueError, OSError):
-        return fetch(config, folder, function)  # reads, or says what is wrong
+        return fetch_cell(config, folder, function)  # reads, or says what is wrong
     return records.lookup(function or run_cell, config, **_digests(model, task), folder=folder)
 
 
 def _digests(model: nn.Module, task: tasks.Task) -> dict[str, Any]:
     """What a record's key takes besides the configuration."""
-    return {"data": task.digest, "weights": record_format.digest(model)}
+    return {"data": task.digest, "weights": record_format.weights_digest(model)}
 
 
 @records.versioned(1, name="apthory.sweeps.run_cell")
@@ -163,11 +163,11 @@ def run_cell(
         head: Of `record_format.head_of`; a trained one if left out.
     """
     started = time.perf_counter()
-    model, data = load(backbone, task, size)
+    model, data = load_backbone_and_task(backbone, task, size)
     how = record_format.recipe_of(recipe)
     if method["name"] == "random_prompt":
         fits = _fit_random(model, data, method, how, learning_rates, seeds)
-        evaluations = [training.evaluate(one, data) for one in fits]
+        evaluations = [training.evaluate(trained, data) for trained in fits]
     else:
         spec: training.Head | None = record_format.head_of(head, backbone, data.classes)
         if method["name"] == "frozen_head":
@@ -185,17 +185,17 @@ def run_cell(
             head=spec,
         )
         evaluations = training.evaluate(fits, data)
-    return {**describe(data, fits, evaluations), "bundle_seconds": time.perf_counter() - started}
+    return {**cell_values(data, fits, evaluations), "bundle_seconds": time.perf_counter() - started}
 
 
-def describe(
+def cell_values(
     data: tasks.Task, fits: Sequence[training.Fit], evaluations: Sequence[training.Evaluation]
 ) -> dict[str, Any]:
     """What the record of a cell holds, besides its time."""
     return {
         "accuracy": [e.accuracy for e in evaluations],
         "balanced_accuracy": [e.balanced_accuracy for e in evaluations],
-        "recall": [e.recall.tolist() for e in evaluations],
+        "recall": [[None if math.isnan(share) else share for share in e.recall.tolist()] for e in evaluations],
         "correct": [np.packbits(e.correct.numpy()).tobytes().hex() for e in evaluations],
         "num_test": len(fits[0].split.test),
         "learning_rate": fits[0].configuration.learning_rate,
@@ -223,14 +223,14 @@ def table(cells: Iterable[records.Record]) -> pd.DataFrame:
         config = record.config
         is_pixel = config["method"]["name"] in ("vp", "evp", "adavipro")
         site = config["method"].get("site", ":input" if is_pixel else ":output")
-        depth = _depth(json.dumps(config["backbone"]), site)
+        depth = _site_depth(json.dumps(config["backbone"]), site)
         for index, seed in enumerate(config["seeds"]):
             bits = np.unpackbits(np.frombuffer(bytes.fromhex(record["correct"][index]), np.uint8))
             rows.append(
                 {
                     "backbone": config["backbone"]["name"],
                     "task": config["task"],
-                    "method": config["method"]["name"],
+                    "method": record_format.method_name(config["method"]),
                     "site": site,
                     "depth": depth,
                     "seed": seed,
@@ -263,7 +263,7 @@ def best_sites(table: pd.DataFrame) -> pd.DataFrame:
     return best(table, "site")
 
 
-def load(backbone: Mapping[str, Any], task: str, size: int) -> tuple[nn.Module, tasks.Task]:
+def load_backbone_and_task(backbone: Mapping[str, Any], task: str, size: int) -> tuple[nn.Module, tasks.Task]:
     """Backbone and task of a configuration, from memory where they were wanted before."""
     return record_format.backbone_of(backbone), _task(task, size)
 
@@ -290,22 +290,22 @@ def key(config: Mapping[str, Any]) -> str:
     return json.dumps(config, sort_keys=True)
 
 
-def by_config(found: Iterable[records.Record]) -> dict[str, records.Record]:
+def by_config(recorded: Iterable[records.Record]) -> dict[str, records.Record]:
     """Records that hold, by the `key` of their configuration.
 
     Raises:
         ValueError: If two are of one configuration, but of other data or weights: which one is meant, only these tell.
     """
-    several: dict[str, records.Record] = {}
-    for record in found:
+    kept: dict[str, records.Record] = {}
+    for record in recorded:
         if not records.superseded(record):
-            other = several.setdefault(key(record.config), record)
+            other = kept.setdefault(key(record.config), record)
             if other.key != record.key:
                 raise ValueError(
                     f"records {other.key[:12]} and {record.key[:12]} are of one configuration, but of other data or "
                     "weights; remove the one that no longer counts, or give the data (APTHORY_DATA)"
                 )
-    return several
+    return kept
 
 
 @lru_cache(maxsize=4)
@@ -318,26 +318,20 @@ def _task(name: str, size: int) -> tasks.Task:
     return tasks.load(name, size)
 
 
-@lru_cache
-def _depth(spec: str, site: str) -> float:
+def _site_depth(spec: str, site: str) -> float:
     if site == ":output":
         return 1.0
-    blocks = _places(spec, "block")
-    if site not in blocks:  # a norm layer: as far between its block's ends as its rank among the block's norms says
-        places = _places(spec, "all")
-        bounds = [index for index, name in enumerate(places) if name in blocks]
-        position = float(np.interp(places.index(site), bounds, range(len(bounds))))
-    else:
-        position = blocks.index(site)
-    return position / (len(blocks) - 1)
+    blocks = _site_depths(spec, "block")
+    return blocks[site] if site in blocks else _site_depths(spec, "all")[site]
 
 
 @lru_cache
-def _places(spec: str, kind: Literal["block", "all"]) -> tuple[str, ...]:
-    """Sites of a backbone, which need no weights."""
-    return tuple(sites.list_sites(backbones.create(**_architecture(json.loads(spec))), kind))
+def _site_depths(spec: str, kind: Literal["block", "all"]) -> dict[str, float]:
+    """Depths of a backbone's sites, which need no weights."""
+    untrained = backbones.create(**_architecture_of(json.loads(spec)))
+    return {site.name: site.depth for site in sites.describe(untrained, kind)}
 
 
-def _architecture(spec: Mapping[str, Any]) -> dict[str, Any]:
+def _architecture_of(spec: Mapping[str, Any]) -> dict[str, Any]:
     data = ("weights", "pretrained", "input_size", "mean", "std", "device")
     return {key: value for key, value in spec.items() if key not in data}

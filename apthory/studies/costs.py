@@ -11,6 +11,7 @@ from apthory._tools.progress import progress
 from apthory.costs import count_flops, device_name, interleaved_seconds, peak_memory
 from apthory.heads import LinearHeads
 from apthory.lab import records
+from apthory.studies import record_format
 
 
 @records.versioned(1, name="apthory.efficiency.measure_sites")
@@ -93,21 +94,24 @@ def measure_methods(
         num_repeats: Timed calls of each step.
 
     Returns:
-        For a linear probe, a visual prompt, an activation prompt, tuning of all normalization layers and full
+        For a linear probe, an input prompt, an activation prompt, tuning of all normalization layers and full
         fine-tuning: parameters with and without the head, FLOPs of a step for an image, peak bytes, seconds of a
         step and of a forward pass at inference. Then the device.
     """
     model = backbones.load(**backbone)
     device = next(model.parameters()).device
     x, labels = _random_batch(model, batch_size, num_classes)
-    compared: dict[str, methods.Method] = {
-        "linear": methods.LinearProbe(),
-        "vp": methods.ActivationPrompting(site=":input"),
-        "ap": methods.ActivationPrompting(site=site),
-        "norm": methods.NormTuning(site=":input", layers="all"),
-        "full": methods.FineTuning(),
+    compared: dict[str, dict[str, Any]] = {  # by the name that the values have
+        "linear": {"name": "linear_probe"},
+        "vp": {"name": "vp", "site": ":input"},
+        "ap": {"name": "ap", "site": site},
+        "norm": {"name": "norm", "site": ":input", "layers": "all"},
+        "full": {"name": "full"},
     }
-    steps = {name: _Step(model, method, x, labels, num_classes, precision) for name, method in compared.items()}
+    steps = {
+        name: _Step(model, record_format.method_of(spelled), x, labels, num_classes, precision)
+        for name, spelled in compared.items()
+    }
     works = {(name, part): getattr(step, part) for name, step in steps.items() for part in ("whole", "inference")}
     seconds = interleaved_seconds(works, num_repeats, device)
     rows = [

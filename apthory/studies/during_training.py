@@ -10,8 +10,8 @@ from apthory.lab import intervals
 from apthory.studies import cells, layers
 
 # Every second place between blocks, from the first block's input to the last one's output.
-_EVERY = layers.Study(
-    protocol=layers.STUDIES["small"]["S"].protocol,  # the last checkpoint's cells are those of Sweep S
+_EVERY = layers.LayerStudy(
+    protocol=layers.LAYER_STUDIES["small"]["S"].protocol,  # the last checkpoint's cells are those of Sweep S
     backbones=tuple({"name": checkpoint} for name in backbones.SHIPPED for checkpoint in backbones.checkpoints(name)),
     tasks=("cifar10", "gtsrb", "dtd10", "pacs"),  # objects, signs, textures, styles
     last_sites=9,
@@ -24,7 +24,7 @@ _FIXED_RATE = cells.Protocol(
     learning_rates=(1.6e-2,),  # the middle of the usual grid
     seeds=(0, 1),
 )
-STUDIES: Mapping[str, Mapping[str, layers.Study]] = {
+STAGE_STUDIES: Mapping[str, Mapping[str, layers.LayerStudy]] = {
     "embedded": {"stages": replace(_EVERY, protocol=_FIXED_RATE, tasks=("textures", "orientation"))},
     "small": {"stages": _EVERY},
 }
@@ -51,8 +51,10 @@ def gain(prompts: pd.DataFrame, probe: pd.DataFrame) -> pd.DataFrame:
     return both[["task", "seed"]].assign(correct=[a.astype(float) - b for a, b in pairs])
 
 
-def agreement(one: pd.DataFrame, other: pd.DataFrame) -> pd.Series:
+def agreement(first: pd.DataFrame, second: pd.DataFrame) -> pd.Series:
     """Rank correlation over sites of the mean accuracies of two tables of prompts, by task."""
-    means = [table.groupby(["task", "site"])["accuracy"].mean() for table in (one, other)]
-    both = pd.concat(means, axis=1, keys=["one", "other"], join="inner")
-    return both.groupby("task")[["one", "other"]].apply(lambda rows: intervals.spearman(rows["one"], rows["other"]))
+    means = [table.groupby(["task", "site"])["accuracy"].mean() for table in (first, second)]
+    both = pd.concat(means, axis=1, keys=["first", "second"], join="inner")
+    return both.groupby("task")[["first", "second"]].apply(
+        lambda rows: intervals.spearman(rows["first"], rows["second"])
+    )

@@ -99,7 +99,7 @@ def measure_gap(
     num_images: int = 8,
     is_training: bool = False,
 ) -> dict[str, Any]:
-    """`equivalence.gap` of a random prompt by its norm.
+    """`equivalence.distance_to_tuning` of a random prompt by its norm.
 
     With batch statistics (``is_training``), a channel prompt at the input of BatchNorm has no effect; the distance
     given as ``tuning`` is then from the shift of beta that equals the prompt under running statistics.
@@ -110,18 +110,24 @@ def measure_gap(
     delta = torch.randn(methods.prompt_shape(model, site, shape), generator=generator, dtype=torch.float64)
     prompt = methods.ActivationPrompt(site, delta, shape).requires_grad_(False)
     if not is_training:
-        return {"gaps": [asdict(gap) for gap in equivalence.gap(model, prompt, layer, norms, images=x)]}
+        return {
+            "gaps": [
+                asdict(distance) for distance in equivalence.distance_to_tuning(model, prompt, layer, norms, images=x)
+            ]
+        }
     unit = prompt.relative_norm(sites.capture(model, [site], x)[site])
     norm_layer = model.get_submodule(layer)
     shift = equivalence.bias_shift(norm_layer, delta, edge="input") / unit
-    gaps = equivalence.gap(copy.deepcopy(model).train(), prompt, layer, norms, images=x)
+    distances = equivalence.distance_to_tuning(copy.deepcopy(model).train(), prompt, layer, norms, images=x)
     model.train()
     with torch.no_grad():
         plain = model(x)
-        for index, gap in enumerate(gaps):
-            tuned = functional_call(model, {f"{layer}.bias": norm_layer.bias + gap.norm * shift}, (x,))
-            gaps[index] = equivalence.Gap(**{**asdict(gap), "tuning": float((tuned - plain).norm() / plain.norm())})
-    return {"gaps": [asdict(gap) for gap in gaps]}
+        for index, distance in enumerate(distances):
+            tuned = functional_call(model, {f"{layer}.bias": norm_layer.bias + distance.norm * shift}, (x,))
+            distances[index] = equivalence.DistanceToTuning(
+                **{**asdict(distance), "tuning": float((tuned - plain).norm() / plain.norm())}
+            )
+    return {"gaps": [asdict(distance) for distance in distances]}
 
 
 @records.versioned(2, name="apthory.equivalence_study.measure_trajectories")
@@ -167,7 +173,7 @@ def measure_trajectories(
     full = torch.zeros(methods.prompt_shape(model, output), dtype=torch.float64)
     num_positions = full.numel() // tied.numel()
     positions = [axis for axis, size in enumerate(tied.shape) if size == 1]
-    found: dict[str, Any] = {}
+    compared: dict[str, Any] = {}
     for optimizer, make in _OPTIMIZERS.items():
         by_prompt, _ = equivalence.descend(partial(prompted, output), tied, make, num_steps)
         by_beta, beta_path = equivalence.descend(tuned, tied, make, num_steps)
@@ -179,7 +185,7 @@ def measure_trajectories(
         _, full_path = equivalence.descend(followed, full, make, num_steps)
         way = full_path.mean([axis + 1 for axis in positions], keepdim=True)
         ratio = num_positions * way[beta_path != 0] / beta_path[beta_path != 0]
-        found[optimizer] = {
+        compared[optimizer] = {
             "prompt": by_prompt,
             "beta": by_beta,
             "difference": equivalence.difference(by_prompt, by_beta),
@@ -192,8 +198,8 @@ def measure_trajectories(
         by_prompt, _ = equivalence.descend(partial(prompted, f"{layer}:input"), tied, make, num_steps)
         by_beta, _ = equivalence.descend(tuned, tied, make, num_steps, scale=rate)
         difference = equivalence.difference(by_prompt, by_beta)
-        found["momentum, input"] = {"prompt": by_prompt, "beta": by_beta, "difference": difference}
-    return {"num_positions": num_positions, "optimizers": found}
+        compared["momentum, input"] = {"prompt": by_prompt, "beta": by_beta, "difference": difference}
+    return {"num_positions": num_positions, "optimizers": compared}
 
 
 @records.versioned(2, name="apthory.equivalence_study.measure_trained")
@@ -215,8 +221,8 @@ def measure_trained(
     [fit] = training.fit(model, data, method, [training.Configuration(learning_rate=learning_rate)], recipe=recipe)
     images = backbones.normalize(model, data.test[fit.split.test[:num_images]])
     prompt = cast(methods.ActivationPrompt, fit.prompt)
-    [gap] = equivalence.gap(model, prompt, layer, [fit.relative_norm], images=images)
-    return {"validation_accuracy": fit.validation_accuracy, **asdict(gap)}
+    [distance] = equivalence.distance_to_tuning(model, prompt, layer, [fit.relative_norm], images=images)
+    return {"validation_accuracy": fit.validation_accuracy, **asdict(distance)}
 
 
 def _random_images(model: nn.Module, num: int) -> Tensor:

@@ -14,14 +14,14 @@ from apthory.lab import records
 from apthory.metrics import attention, similarity
 from apthory.studies import input_limits
 
-SOURCES = (metrics, input_limits)  # whose code decides the records, besides a cell's
-Network = Literal["trained", "shuffled"]
+GLOBAL_FEATURE_SOURCES = (metrics, input_limits)  # their code decides the records, besides a cell's modules
+NetworkKind = Literal["trained", "shuffled"]
 Queries = Literal["patches", "class token"]
 
 
 @records.versioned(1, name="apthory.global_study.measure_profile")
 def measure_profile(
-    backbone: Mapping[str, Any], task: str, size: int, network: Network, num_images: int, seed: int = 0
+    backbone: Mapping[str, Any], task: str, size: int, network: NetworkKind, num_images: int, seed: int = 0
 ) -> dict[str, Any]:
     """`metrics.layer_profile` of all block sites on a task's train images.
 
@@ -31,7 +31,7 @@ def measure_profile(
         size: Side of the images in pixels.
         network: ``"shuffled"`` is the control: the entries of each weight matrix in random order.
         num_images: The first of the split with seed 0.
-        seed: Of the random order, and of the random directions behind fields and reach.
+        seed: Of the random order, and of the random directions behind fields and gradients.
     """
     model, x = _network(backbone, task, size, network, num_images, seed)
     rows = metrics.layer_profile(model, x, seed=seed).to_dict("records")
@@ -70,7 +70,7 @@ def measure_similarity(
 
 @records.versioned(1, name="apthory.global_study.measure_attention")
 def measure_attention(
-    backbone: Mapping[str, Any], task: str, size: int, network: Network, num_images: int, seed: int = 0
+    backbone: Mapping[str, Any], task: str, size: int, network: NetworkKind, num_images: int, seed: int = 0
 ) -> dict[str, Any]:
     """Distance and entropy of attention by block, and how much the features heed it, on a task's train images.
 
@@ -146,7 +146,7 @@ def _without(z: Tensor, tokens: slice, width: int) -> Tensor:
 
 
 def _network(
-    backbone: Mapping[str, Any], task: str, size: int, network: Network, num_images: int, seed: int = 0
+    backbone: Mapping[str, Any], task: str, size: int, network: NetworkKind, num_images: int, seed: int = 0
 ) -> tuple[nn.Module, Tensor]:
     """A backbone and the images to look at."""
     model, data = backbones.load(**backbone), tasks.load(task, size)

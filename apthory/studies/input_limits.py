@@ -21,20 +21,20 @@ def measure_rank(backbone: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
         torch.manual_seed(seed)  # of weights that are drawn
         model = backbones.load(**backbone)
     try:
-        found = equivalence.reach(model)
+        span = equivalence.input_span(model)
     except ValueError as error:
         return {"reason": str(error)}
-    dim, pixels = found.weight.shape
-    values = found.singular_values
+    dim, pixels = span.weight.shape
+    values = span.singular_values
     return {
-        "rank": found.rank,
+        "rank": span.rank,
         "dim": dim,
         "pixels": pixels,
-        "tokens": len(found.offset),
-        "extra_tokens": found.num_extra_tokens,
+        "tokens": len(span.offset),
+        "extra_tokens": span.num_extra_tokens,
         "largest": float(values[0]),
-        "smallest": float(values[found.rank - 1]),
-        "tolerance": found.tolerance,
+        "smallest": float(values[span.rank - 1]),
+        "tolerance": span.tolerance,
     }
 
 
@@ -42,23 +42,23 @@ def measure_rank(backbone: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
 def measure_residuals(
     backbone: Mapping[str, Any], task: str, recipe: Mapping[str, Any], learning_rate: float, seed: int = 0
 ) -> dict[str, Any]:
-    """How much of a trained prompt at the first block is out of reach, and how large an image prompt the rest takes.
+    """How much of a trained prompt at the first block no image prompt can add, and how large one the rest takes.
 
     Returns:
         For a full and a channel prompt: the residual, that of a random prompt, norm of the prompt and of the image
-        prompt that adds the reachable part (each relative to what it is added to), and the validation accuracy.
+        prompt that adds the part in the span (each relative to what it is added to), and the validation accuracy.
     """
     model = backbones.load(**backbone)
-    found, data = equivalence.reach(model), tasks.load(task, size=backbones.input_size(model))
+    span, data = equivalence.input_span(model), tasks.load(task, size=backbones.input_size(model))
     images = backbones.normalize(model, data.train[torch.arange(64)])
     rows = {}
     for shape in get_args(methods.Shape):
-        fit = _trained_prompt(model, data, found.site, shape, recipe, learning_rate, seed)
+        fit = _trained_prompt(model, data, span.site, shape, recipe, learning_rate, seed)
         random = torch.randn(fit.prompt.delta.shape, generator=torch.Generator().manual_seed(seed))
-        needed = found.as_image(fit.prompt.delta)
+        needed = span.as_image(fit.prompt.delta)
         rows[shape] = {
-            "residual": found.residual(fit.prompt.delta),
-            "random_residual": found.residual(random.to(images.device)),
+            "residual": span.residual(fit.prompt.delta),
+            "random_residual": span.residual(random.to(images.device)),
             "relative_norm": fit.relative_norm,
             "relative_image_norm": float(needed.norm() / images.double().flatten(1).norm(dim=1).mean()),
             "validation_accuracy": fit.validation_accuracy,
@@ -77,25 +77,25 @@ def measure_frame(backbone: Mapping[str, Any], width: int, num_images: int = 4, 
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # of weights that are drawn
         model = backbones.load(**backbone).double()
-    found, generator = equivalence.reach(model), torch.Generator().manual_seed(seed)
-    size, margin = backbones.input_size(model), width // found.patch[0]
+    span, generator = equivalence.input_span(model), torch.Generator().manual_seed(seed)
+    size, margin = backbones.input_size(model), width // span.patch[0]
     pixels = torch.randn(num_images + 1, 3, size, size, generator=generator, dtype=torch.float64)
-    frame, *x = pixels.to(found.weight.device)
+    frame, *x = pixels.to(span.weight.device)
     small = torch.stack(x)[..., 2 * width :, 2 * width :]
-    own, ring = equivalence.as_tokens(found, small, frame)
-    positions = found.offset[found.num_extra_tokens :].unflatten(0, found.grid)
-    side = found.grid[0] - 2 * margin
+    own, ring = equivalence.as_tokens(span, small, frame)
+    positions = span.offset[span.num_extra_tokens :].unflatten(0, span.grid)
+    side = span.grid[0] - 2 * margin
     moved = positions[:side, :side] - positions[margin : margin + side, margin : margin + side]
-    moved = nn.functional.pad(moved.flatten(0, 1), (0, 0, found.num_extra_tokens, 0))
-    _, blocks = sites.split(model, found.site)
+    moved = nn.functional.pad(moved.flatten(0, 1), (0, 0, span.num_extra_tokens, 0))
+    _, blocks = sites.split(model, span.site)
     with torch.no_grad():
         expected = model(equivalence.framed(small, frame))
-        several = [blocks(torch.cat([z, ring.expand(num_images, -1, -1)], 1)) for z in (own, own + moved)]
-    same, elsewhere = (float((y - expected).abs().max() / expected.abs().max()) for y in several)
+        features = [blocks(torch.cat([z, ring.expand(num_images, -1, -1)], 1)) for z in (own, own + moved)]
+    same, elsewhere = (float((y - expected).abs().max() / expected.abs().max()) for y in features)
     return {
         "difference": same,
         "elsewhere": elsewhere,
-        "tokens": equivalence.frame_tokens(size, width, found.patch[0])._asdict(),
+        "tokens": equivalence.frame_tokens(size, width, span.patch[0])._asdict(),
     }
 
 

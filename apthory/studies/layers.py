@@ -29,25 +29,25 @@ WIDE = (  # pretrained by `make gpu` and not shipped: their weights are files in
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study:
+class LayerStudy:
     """A layer study: which backbones, tasks and sites."""
 
     protocol: Protocol
     backbones: tuple[Mapping[str, Any], ...] = ({"name": "vit_micro"}, {"name": "resnet_micro"})
     tasks: tuple[str, ...] = SMALL_TASKS
-    last_sites: int | None = None  # only so many block sites, from the last; None for all
-    site_every: int = 1  # every n-th of them, from the first
-    norm_every: int = 1  # normalization tuning at every n-th site, from the one before the last
-    frozen_every: int = 1  # prompts with frozen heads likewise
-    controls: bool = True  # what is held against a prompt at its site; without them the linear probe alone
-    full: bool = True  # full fine-tuning as a comparator
-    finer: bool = False  # activation prompts after every normalization layer as well
+    last_sites: int | None = None  # how many block sites, counted from the last one; None for all
+    site_every: int = 1  # n takes every n-th of these sites, from the first
+    norm_every: int = 1  # n tunes normalization at every n-th site, counted back from the last site but one
+    frozen_every: int = 1  # the same for prompts with a frozen head
+    controls: bool = True  # whether prompts have controls at their own site; if not, there is the linear probe alone
+    full: bool = True  # whether full fine-tuning is compared
+    finer: bool = False  # whether there are prompts after every normalization layer too
 
 
 _FIVE_SEEDS = Protocol(recipe=training.Recipe(), seeds=(0, 1, 2, 3, 4), control_seeds=(0, 1, 2, 3, 4))
-STUDIES: dict[str, dict[str, Study]] = {
+LAYER_STUDIES: dict[str, dict[str, LayerStudy]] = {
     "embedded": {
-        "S": Study(
+        "S": LayerStudy(
             protocol=Protocol(
                 recipe=training.Recipe(num_epochs=4, num_train=96, num_validation=64, num_test=200),
                 seeds=(0, 1),
@@ -59,8 +59,8 @@ STUDIES: dict[str, dict[str, Study]] = {
         ),
     },
     "small": {
-        "S": Study(protocol=Protocol(recipe=training.Recipe(), control_seeds=(0,)), norm_every=2, frozen_every=4),
-        "mobilenet": Study(
+        "S": LayerStudy(protocol=Protocol(recipe=training.Recipe(), control_seeds=(0,)), norm_every=2, frozen_every=4),
+        "mobilenet": LayerStudy(
             protocol=Protocol(recipe=training.Recipe(), control_seeds=(0,)),
             backbones=(MOBILENET,),
             tasks=("dtd10", "pacs", "caltech101"),
@@ -71,13 +71,15 @@ STUDIES: dict[str, dict[str, Study]] = {
         ),
     },
     "paper": {
-        "S5": Study(protocol=_FIVE_SEEDS, finer=True),
-        "wide": Study(protocol=_FIVE_SEEDS, backbones=WIDE),
+        "S5": LayerStudy(protocol=_FIVE_SEEDS, finer=True),
+        "wide": LayerStudy(protocol=_FIVE_SEEDS, backbones=WIDE),
     },
 }
 
 
-def find_studies(suite: str, names: str = "", studies: Mapping[str, Mapping[str, Any]] = STUDIES) -> dict[str, Any]:
+def find_studies(
+    suite: str, names: str = "", studies: Mapping[str, Mapping[str, Any]] = LAYER_STUDIES
+) -> dict[str, Any]:
     """Studies of a suite by their names, with commas between; all of them if none is named.
 
     Args:
@@ -86,19 +88,19 @@ def find_studies(suite: str, names: str = "", studies: Mapping[str, Mapping[str,
     known = studies.get(suite, {})
     chosen = [name.strip() for name in names.split(",")] if names else list(known)
     if unknown := [name for name in chosen or [""] if name not in known]:
-        every = ", ".join(f"{name} ({one})" for one, several in studies.items() for name in several)
-        raise ValueError(f"no study {unknown[0]!r} in the suite {suite!r}; there are {every}")
+        known_names = ", ".join(f"{name} ({home})" for home, by_name in studies.items() for name in by_name)
+        raise ValueError(f"no study {unknown[0]!r} in the suite {suite!r}; there are {known_names}")
     return {name: known[name] for name in chosen}
 
 
-def run_study(study: Study, folder: Path, executor: Executor | None = None) -> pd.DataFrame:
+def run_layer_study(study: LayerStudy, folder: Path, executor: Executor | None = None) -> pd.DataFrame:
     """All cells of a layer study, computed or read from their records, as a tidy table (see `table`)."""
     return table(fetch_study(study, folder, executor))
 
 
-def fetch_study(study: Study, folder: Path, executor: Executor | None = None) -> list[records.Record]:
-    """The records of `run_study`."""
-    main = fetch_all(list(configurations(study)), folder, executor)
+def fetch_study(study: LayerStudy, folder: Path, executor: Executor | None = None) -> list[records.Record]:
+    """The records of `run_layer_study`."""
+    main = fetch_all(list(layer_cells(study)), folder, executor)
     if not study.controls:
         return main
     random = []
@@ -109,22 +111,22 @@ def fetch_study(study: Study, folder: Path, executor: Executor | None = None) ->
     return main + fetch_all(random, folder, executor)
 
 
-def configurations(study: Study) -> Iterable[dict[str, Any]]:
+def layer_cells(study: LayerStudy) -> Iterable[dict[str, Any]]:
     """Configurations of `run_cell`: the prompts and cheap controls first, then the controls that cost as much."""
-    every, costly = [], []
+    cheap, costly = [], []
     for backbone in study.backbones:
         model = record_format.backbone_of(backbone)
         places = sites.list_sites(model)
         chosen = (places if study.last_sites is None else places[-study.last_sites :])[:: study.site_every]
         with_norm, with_frozen = chosen[-2::-1][:: study.norm_every], chosen[-2::-1][:: study.frozen_every]
         for task in study.tasks:
-            every.append(cell(study.protocol, backbone, task, {"name": "linear_probe"}))
+            cheap.append(cell(study.protocol, backbone, task, {"name": "linear_probe"}))
             for site in chosen:
                 prompt = "vp" if site == ":input" else "ap"
-                every.append(cell(study.protocol, backbone, task, {"name": prompt, "site": site}))
+                cheap.append(cell(study.protocol, backbone, task, {"name": prompt, "site": site}))
                 if not study.controls:
                     continue
-                every.append(cell(study.protocol, backbone, task, {"name": "site_probe", "site": site}))
+                cheap.append(cell(study.protocol, backbone, task, {"name": "site_probe", "site": site}))
                 if site in with_frozen:
                     costly.append(
                         cell(study.protocol, backbone, task, {"name": "frozen_head", "site": site}, control=True)
@@ -132,7 +134,7 @@ def configurations(study: Study) -> Iterable[dict[str, Any]]:
                 if site in with_norm and sites.norms_between(model, site):
                     costly.append(cell(study.protocol, backbone, task, {"name": "norm", "site": site}, control=True))
             for site in sites.list_sites(model, "norm") if study.finer else ():
-                every.append(cell(study.protocol, backbone, task, {"name": "ap", "site": site}))
+                cheap.append(cell(study.protocol, backbone, task, {"name": "ap", "site": site}))
             if study.full:
                 costly.append(cell(study.protocol, backbone, task, {"name": "full"}, control=True))
-    return every + costly
+    return cheap + costly

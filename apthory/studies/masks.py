@@ -44,15 +44,15 @@ def measure_masks(
         distances of the probabilities behind them, with the quantiles of these over regions at 5, 50 and 95 %; how many
         regions the frame reaches.
     """
-    model, data = cells.load(backbone, task, size)
-    fits = _fit(model, data, method, recipe, learning_rate, seeds)
+    model, data = cells.load_backbone_and_task(backbone, task, size)
+    fits = _fit_prompts(model, data, method, recipe, learning_rate, seeds)
     x = backbones.normalize(model, data.test[fits[0].split.test[:num_images]])
-    found: list[Any] = [fit.prompt for fit in fits]
-    weights = frame_pixels(found[0].layout)
+    prompts: list[Any] = [fit.prompt for fit in fits]
+    weights = frame_pixels(prompts[0].layout)
     reached = weights > 0
     weights = weights[reached] / weights.sum()
     masks, probabilities = (
-        torch.stack([see(prompt)[:, reached] for prompt in found])
+        torch.stack([see(prompt)[:, reached] for prompt in prompts])
         for see in (lambda prompt: prompt.regions(x), lambda prompt: prompt.probabilities(x))
     )
     return {
@@ -83,8 +83,8 @@ def draw_prompt(
         The prompt in steps of 1/255 (see `unpack`), and for each image its grid of regions, 1 where the prompt is, and
         the share of the frame that is shown.
     """
-    model, data = cells.load(backbone, task, size)
-    (fit,) = _fit(model, data, method, recipe, learning_rate, [seed])
+    model, data = cells.load_backbone_and_task(backbone, task, size)
+    (fit,) = _fit_prompts(model, data, method, recipe, learning_rate, [seed])
     chosen = fit.split.test[:num_images]
     x = backbones.normalize(model, data.test[chosen])
     _, std = backbones.mean_std(model)
@@ -135,7 +135,7 @@ def mean_distance(values: Float[Tensor, "group member region"], weights: Float[T
     return float((sums.mean(0) * weights.double()).sum() / math.comb(num, 2))
 
 
-def _fit(
+def _fit_prompts(
     model: nn.Module,
     data: Task,
     method: Mapping[str, Any],

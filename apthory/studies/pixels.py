@@ -31,76 +31,76 @@ NUM_CLASSES = {"cifar10": 10, "gtsrb": 43, "dtd10": 10, "pacs": 7, "rsscn7": 7, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class StudyPart:
     """Cells that answer one question: every arm with every head on every task of every backbone."""
 
     arms: Arms
     backbones: Sequence[Mapping[str, Any]] = ({"name": "resnet_micro"},)
     tasks: Sequence[str]
     protocol: cells.Protocol
-    usual: cells.Protocol | None = None  # of methods as they come, so that they are another part's cells; more seeds
+    usual: cells.Protocol | None = None  # for methods without options, so that they share the cells of another part
     heads: Mapping[str, Mapping[str, Any] | None] = field(default_factory=lambda: {"linear": None})
-    places: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by backbone, of arms at the site "each"
+    places: Mapping[str, Sequence[str]] = field(default_factory=dict)  # sites by backbone, for arms at the site "each"
     domain: str = ""  # train on this part of the task alone
-    shifts: Sequence[Mapping[str, Any]] = ()  # test parts of another kind, see `run_shifted`
-    per_class: int | None = None  # training images, on average over classes, instead of the recipe's; as many steps
+    shifts: Sequence[Mapping[str, Any]] = ()  # test images of another kind, see `run_shifted`
+    per_class: int | None = None  # training images for each class on average, instead of the recipe's; as many steps
 
 
-Study = Mapping[str, Part]
+PixelStudy = Mapping[str, StudyPart]
 _MAX_EPOCHS = 60  # each is followed by a pass over the validation images
 
 
-def configurations(study: Study) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def pixel_cells(study: PixelStudy) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """For every cell what tables call it, and its configuration (of `run_shifted` if it has shifts)."""
-    found = []
+    named = []
     for name, part in study.items():
         for spec, task, (head, fields), (arm, method) in itertools.product(
             part.backbones, part.tasks, part.heads.items(), part.arms.items()
         ):
             protocol = _protocol(part, task, method, fields)
-            for one in _methods(method, spec, part.places):
-                config = cells.cell(protocol, spec, task, one, control=one["name"] == "full", head=fields)
+            for scaled in _methods(method, spec, part.places):
+                config = cells.cell(protocol, spec, task, scaled, control=scaled["name"] == "full", head=fields)
                 if part.shifts:
                     config |= {"domain": part.domain, "shifts": [dict(shift) for shift in part.shifts]}
-                found.append(({"part": name, "arm": arm, "head": head, "width": method.get("width", 30)}, config))
-    return found
+                named.append(({"part": name, "arm": arm, "head": head, "width": method.get("width", 30)}, config))
+    return named
 
 
-def run_study(study: Study, folder: Path, executor: Executor | None = None) -> pd.DataFrame:
+def run_pixel_study(study: PixelStudy, folder: Path, executor: Executor | None = None) -> pd.DataFrame:
     """All cells, computed or read, as `cells.table` with the columns part, arm, head, width and shift in front.
 
     Width is in pixels at 224. Shift is empty for the task's own test part.
     """
-    named = _shared(configurations(study))
-    found: dict[str, records.Record] = {}
+    named = _shared(pixel_cells(study))
+    by_key: dict[str, records.Record] = {}
     for is_shifted, function in ((False, cells.run_cell), (True, run_shifted)):
         chosen = {cells.key(config): config for _, config, _ in named if ("shifts" in config) == is_shifted}
-        found |= dict(zip(chosen, cells.fetch_all(list(chosen.values()), folder, executor, function), strict=True))
-    return _tidy(study, named, found)
+        by_key |= dict(zip(chosen, cells.fetch_all(list(chosen.values()), folder, executor, function), strict=True))
+    return _tidy(study, named, by_key)
 
 
-def recorded(study: Study, folder: Path) -> pd.DataFrame | None:
-    """The table of `run_study` where every cell has its record, without the data and weights; None where one lacks."""
-    named = _shared(configurations(study))
+def recorded(study: PixelStudy, folder: Path) -> pd.DataFrame | None:
+    """The table of `run_pixel_study` from records alone, without data and weights; None if a cell has no record."""
+    named = _shared(pixel_cells(study))
     names = {records.name_of(function) for function in (cells.run_cell, run_shifted)}
     wanted = {cells.key(config) for _, config, _ in named}
-    every = (one for one in records.load_all(folder) if one.name in names) if named else ()
-    found = cells.by_config(one for one in every if cells.key(one.config) in wanted)
-    is_whole = bool(named) and wanted <= found.keys()
-    for record in found.values() if is_whole else ():
+    candidates = (record for record in records.load_all(folder) if record.name in names) if named else ()
+    by_key = cells.by_config(record for record in candidates if cells.key(record.config) in wanted)
+    is_whole = bool(named) and wanted <= by_key.keys()
+    for record in by_key.values() if is_whole else ():
         records.note(record.key)
-    return _tidy(study, named, found) if is_whole else None
+    return _tidy(study, named, by_key) if is_whole else None
 
 
 def slope(
     position: Float[np.ndarray, " n"], accuracy: Float[np.ndarray, "*draw n"]
 ) -> Float[np.ndarray, "*draw"] | float:
-    """Of the least-squares line."""
+    """The slope of the least-squares line."""
     away = position - position.mean()
     return accuracy @ away / (away @ away)
 
 
-def _protocol(part: Part, task: str, method: Mapping[str, Any], head: Mapping[str, Any] | None) -> cells.Protocol:
+def _protocol(part: StudyPart, task: str, method: Mapping[str, Any], head: Mapping[str, Any] | None) -> cells.Protocol:
     as_it_comes = method.keys() == {"name"} and head is None
     protocol = (as_it_comes and part.usual) or part.protocol
     if part.per_class:
@@ -140,9 +140,9 @@ def _shared(named: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[_Nam
     return [(names, whole.get(cells.key(config), config), "shifts" in config) for names, config in named]
 
 
-def _tidy(study: Study, named: Sequence[_Named], found: Mapping[str, records.Record]) -> pd.DataFrame:
+def _tidy(study: PixelStudy, named: Sequence[_Named], by_key: Mapping[str, records.Record]) -> pd.DataFrame:
     """One row for each cell, seed and test part that a part asks for; cells may have more."""
-    tables = {key: _by_shift(found[key]) for key in {cells.key(config) for _, config, _ in named}}
+    tables = {key: _by_shift(by_key[key]) for key in {cells.key(config) for _, config, _ in named}}
     parts = []
     for names, config, with_shifts in named:
         rows = tables[cells.key(config)].assign(**names)
@@ -156,9 +156,9 @@ def _tidy(study: Study, named: Sequence[_Named], found: Mapping[str, records.Rec
 def _by_shift(record: records.Record) -> pd.DataFrame:
     """One row for each seed and test part."""
     tables = [cells.table([record]).assign(shift="")]
-    for one in record.values.get("shifts", ()):
-        name = one["domain"] or f"{one['corruption']} {one['strength']:g}"
-        tables.append(cells.table([replace(record, values={**record.values, **one})]).assign(shift=name))
+    for shifted in record.values.get("shifts", ()):
+        name = shifted["domain"] or f"{shifted['corruption']} {shifted['strength']:g}"
+        tables.append(cells.table([replace(record, values={**record.values, **shifted})]).assign(shift=name))
     return pd.concat(tables)
 
 
@@ -182,13 +182,13 @@ def run_shifted(
         shifts: Test parts: ``{"domain": value}``, or ``{"corruption": name, "strength": number}`` of the own one.
     """
     started = time.perf_counter()
-    model, whole = cells.load(backbone, task, size)
+    model, whole = cells.load_backbone_and_task(backbone, task, size)
     data = _domain(task, size, domain) if domain else whole
     how, spec = record_format.recipe_of(recipe), record_format.head_of(head, backbone, data.classes)
     fits = training.tune(
         model, data, record_format.method_of(method), recipe=how, learning_rates=learning_rates, seeds=seeds, head=spec
     )
-    values = cells.describe(data, fits, training.evaluate(fits, data))
+    values = cells.cell_values(data, fits, training.evaluate(fits, data))
     tested = []
     for shift in shifts:
         other = _domain(task, size, shift["domain"]) if "domain" in shift else data
@@ -198,9 +198,10 @@ def run_shifted(
         images = Images(other.test[test], other.test.labels[test])
         if "corruption" in shift:
             images = corrupted(images, shift["corruption"], shift["strength"])
-        every = replace(fits[0].split, test=torch.arange(len(images)))
-        shifted = training.evaluate([replace(one, split=every) for one in fits], replace(data, test=images))
-        there = cells.describe(data, fits, shifted)
+        whole_test = replace(fits[0].split, test=torch.arange(len(images)))
+        there_fits = [replace(trained, split=whole_test) for trained in fits]
+        shifted = training.evaluate(there_fits, replace(data, test=images))
+        there = cells.cell_values(data, fits, shifted)
         labels = {name: shift.get(name, "") for name in ("domain", "corruption", "strength")}
         tested.append({**labels, "num_test": len(images), **{key: there[key] for key in ("accuracy", "correct")}})
     return {**values, "shifts": tested, "bundle_seconds": time.perf_counter() - started}

@@ -30,14 +30,14 @@ _RECIPE = (  # the fields of a recipe that every record has
 )
 # Digests of weights that records name by another one. The random start of vit_micro was recorded as one kind of
 # processor drew it; drawn alike on all processors, 453 of its 1,619,584 values differ from that by a last bit.
-_WEIGHTS = {
+_RECORDED_DIGESTS = {
     "6519a8b80a67dd10f2bd2a8743cfbf56f6ce99cca2233ce9f40c1230b60b3cd1": (
         "e88dde13ad5611572a3327e71f66380fa7c0d753cdae386527c002bf79dd452b"
     ),
 }
 
 
-def cell(
+def spell_cell(
     backbone: Mapping[str, Any],
     task: str,
     method: Mapping[str, Any],
@@ -100,10 +100,10 @@ def recipe_of(spelled: Mapping[str, Any]) -> training.Recipe:
 
 def weights(digest: str) -> str:
     """The digest by which records name the weights that have this one."""
-    return _WEIGHTS.get(digest, digest)
+    return _RECORDED_DIGESTS.get(digest, digest)
 
 
-def digest(backbone: nn.Module) -> str:
+def weights_digest(backbone: nn.Module) -> str:
     """The digest by which records name a backbone's weights: of an image tower that of its whole CLIP."""
     return weights(backbones.digest(backbones.whole(backbone)))
 

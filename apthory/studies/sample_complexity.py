@@ -39,7 +39,7 @@ def measure_descent(
         problem = Problem(num_positions=num_positions, reach=reach)
         net = simulation.build(network, problem, background)
         stream = simulation.one_pass(problem, num_repeats, batch_size, _generator(seed, index))
-        steps = simulation.steps_until(net, simulation.descend(net, stream, step=step, rule=rule), goal)
+        steps = simulation.steps_until(net, simulation.train_prompts(net, stream, step=step, rule=rule), goal)
         lift = problem.lift(step, rule, l1=float(net.direction.abs().sum()))
         rows.append(_row(num_positions, reach, problem.visits(lift, batch_size), steps, num_repeats))
     return {"rows": rows}
@@ -67,7 +67,7 @@ def measure_epochs(
             problem, num_repeats, point["batch_size"], _generator(seed, index),
             num_samples=point["num_samples"], num_epochs=visits,
         )  # fmt: skip
-        *_, prompt = simulation.descend(net, stream, step=step, rule=point["rule"])
+        *_, prompt = simulation.train_prompts(net, stream, step=step, rule=point["rule"])
         errors = simulation.expected_error(net, prompt)
         rows.append({**point, "error": errors.mean(), "standard_error": errors.std(ddof=1) / np.sqrt(num_repeats)})
     return {"rows": rows}
@@ -90,9 +90,9 @@ def measure_errors(
         problem, generator = Problem(num_positions=num_positions, reach=reach), _generator(seed, index)
         net = simulation.Attention(problem)
         stream = simulation.one_pass(problem, num_repeats, 1, generator, **departure)
-        for number, prompt in enumerate(simulation.descend(net, stream, step=step), 1):
+        for number, prompt in enumerate(simulation.train_prompts(net, stream, step=step), 1):
             if number in num_samples:
-                test = simulation.draw(problem, num_repeats, num_test, generator, **departure)
+                test = simulation.draw_samples(problem, num_repeats, num_test, generator, **departure)
                 errors = simulation.measured_error(net, prompt, test)
                 row = {"reach": reach, **departure, "num_samples": number, "error": errors.mean()}
                 rows.append({**row, "standard_error": errors.std(ddof=1) / np.sqrt(num_repeats)})

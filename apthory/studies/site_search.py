@@ -8,11 +8,11 @@ import pandas as pd
 
 from apthory import selection, training
 from apthory.lab import figures, records
-from apthory.studies import cells, record_format
+from apthory.studies import cells, looks, record_format
 from apthory.theory import tangent
 
-SOURCES = (selection, tangent)  # whose code decides the records, besides a cell's
-UNITS = {  # of the scores, larger being better
+SITE_SEARCH_SOURCES = (selection, tangent)  # their code decides the records, besides a cell's modules
+UNITS = {  # units of the scores; a larger score is better
     "coherence": "coherence (share of the gradient that images share)",
     "windows": "minus the windows to cover",
     "gain": "first-order gain (nats, at the norm of the activation)",
@@ -34,7 +34,7 @@ def score(
     seed: int = 0,
 ) -> dict[str, Any]:
     """`selection.rank_sites`, in the order of the sites given, and what it cost."""
-    model, data = cells.load(backbone, task, size)
+    model, data = cells.load_backbone_and_task(backbone, task, size)
     table = selection.rank_sites(
         model,
         data,
@@ -61,8 +61,8 @@ def search(
     seed: int = 0,
 ) -> dict[str, Any]:
     """`selection.find_site` among the sites given, and the chosen prompt on the test part, once."""
-    model, data = cells.load(backbone, task, size)
-    found = selection.find_site(
+    model, data = cells.load_backbone_and_task(backbone, task, size)
+    result = selection.find_site(
         model,
         data,
         recipe=record_format.recipe_of(recipe),
@@ -72,27 +72,27 @@ def search(
         score=score,
         seed=seed,
     )
-    evaluation = training.evaluate(found.fit, data)
+    evaluation = training.evaluate(result.fit, data)
     return {
-        "site": found.site,
-        "learning_rate": found.fit.configuration.learning_rate,
-        "validation_accuracy": found.fit.validation_accuracy,
+        "site": result.site,
+        "learning_rate": result.fit.configuration.learning_rate,
+        "validation_accuracy": result.fit.validation_accuracy,
         "accuracy": evaluation.accuracy,
         "correct": evaluation.correct.int(),
-        "flops": found.flops,
-        "exhaustive_flops": found.exhaustive_flops,
-        "trials": found.trials.to_dict("records"),
+        "flops": result.flops,
+        "exhaustive_flops": result.exhaustive_flops,
+        "trials": result.trials.to_dict("records"),
     }
 
 
-def draw(table: pd.DataFrame, score: str, title: str, path: Path) -> None:
+def draw_ranking(table: pd.DataFrame, score: str, title: str, path: Path) -> None:
     """The score by site, in the order of the backbone, as a picture of any format that matplotlib knows."""
     ordered = table.assign(score=selection.SCORES[score](table)).sort_values("depth", kind="stable")
     is_best = ordered["site"] == table["site"][0]
     with figures.theme(width=0.7, rows=2):
         figure = figures.Figure()
         ax = figure.subplots()
-        colors = [figures.COLORS["ap" if best else "full"] for best in is_best]
+        colors = [looks.COLORS["ap" if best else "full"] for best in is_best]
         ax.barh(ordered["site"], ordered["score"], color=colors)
         ax.invert_yaxis()
         ax.axvline(0, color="black", lw=0.6)

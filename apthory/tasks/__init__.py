@@ -6,11 +6,12 @@ the task's digest, which is remembered (see `remembered`). Otherwise only images
 
 from apthory.tasks.decoding import Decoded, read_images
 from apthory.tasks.embedded import EMBEDDED
-from apthory.tasks.readers import IMAGE_SUFFIXES, from_folder, from_hub, from_parquet, load
+from apthory.tasks.readers import IMAGE_SUFFIXES, from_folder, from_hub, from_parquet, load_task
+from apthory.tasks.readers import load_task as load
 from apthory.tasks.task import Images, Split, Task
 
 __all__ = [
-    "load", "EMBEDDED", "from_folder", "from_parquet", "from_hub", "IMAGE_SUFFIXES",
+    "load_task", "load", "EMBEDDED", "from_folder", "from_parquet", "from_hub", "IMAGE_SUFFIXES",
     "read_images", "Decoded",
     "Task", "Images", "Split",
 ]  # fmt: skip

@@ -44,21 +44,20 @@ class Stamp(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Part:
-    """Train or test part before decoding."""
+class EncodedPart:
+    """The train or the test part of a task, before its images are decoded."""
 
     name: str  # "train" or "test"
     labels: Sequence[Any]
-    encoded: Callable[
-        [Sequence[int]], Iterator[Mapping[str, Any] | None]
-    ]  # ascending indices -> "bytes" or else "path"
-    files: Mapping[str, Stamp] = field(default_factory=dict)  # those that the images are in, as far as known
+    # Takes ascending indices and gives a mapping for each, with the image's "bytes", or its "path" if there are none.
+    encoded: Callable[[Sequence[int]], Iterator[Mapping[str, Any] | None]]
+    files: Mapping[str, Stamp] = field(default_factory=dict)  # the files that hold the images, as far as they are known
 
 
 def make_task(
     name: str,
     classes: Sequence[str] | None,
-    parts: Sequence[Part],
+    parts: Sequence[EncodedPart],
     size: int,
     how: str = "",
     options: Mapping[str, Any] | None = None,
@@ -155,14 +154,14 @@ def read_images(files: Sequence[str | Path], size: int) -> Iterator[Decoded]:
     def encoded(indices: Sequence[int]) -> Iterator[Mapping[str, Any]]:
         return ({"bytes": None, "path": str(files[index])} for index in indices)
 
-    part = Part("images", [None] * len(files), encoded)
+    part = EncodedPart("images", [None] * len(files), encoded)
     yield from _Encoded("images", part, size).results(range(len(files)), most_without_bar=0)
 
 
 class _Encoded:
     """A `Source` that decodes images of a part in several threads, and sees to it that no file changes meanwhile."""
 
-    def __init__(self, name: str, part: Part, size: int):
+    def __init__(self, name: str, part: EncodedPart, size: int):
         self.name, self.part = name, part
         self.shape = (len(part.labels), 3, size, size)
         self.stamps = dict(part.files)  # and of files that an image turns out to be in, when it is first read

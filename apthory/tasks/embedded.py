@@ -24,9 +24,9 @@ _SHAPES = {  # signed distance from the outline in units of the radius, negative
     "cross": lambda x, y: np.maximum(np.minimum(abs(x), abs(y)) - 0.33, np.maximum(abs(x), abs(y)) - 1),
     "bar": lambda x, y: np.maximum(abs(x) - 1, abs(y) - 0.25),
 }
-_KINDS = ("disc", "triangle", "cross")  # of color_shape
+_COLOURED_SHAPES = ("disc", "triangle", "cross")  # of color_shape
 _COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220)}
-_ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
+_ROW_NAMES, _COLUMN_NAMES = ("top", "middle", "bottom"), ("left", "centre", "right")
 _PHOTOGRAPHS = {  # in scikit-image's wheel, and the box that is all texture: left half train, right half test
     "brick": ("brick.png", (0, 0, 512, 512)),
     "grass": ("grass.png", (0, 0, 512, 512)),
@@ -150,7 +150,7 @@ def _color_shape(random: np.random.Generator, part: int, number: int, size: int)
     x, y = random.uniform(0.3, 0.7, 2)
     colour, kind = divmod(number % 9, 3)
     shade = list(_COLOURS.values())[colour] + random.uniform(-30, 30, 3)
-    scene.draw(_KINDS[kind], x, y, random.uniform(0.22, 0.3), random.uniform(0, math.tau), shade)
+    scene.draw(_COLOURED_SHAPES[kind], x, y, random.uniform(0.22, 0.3), random.uniform(0, math.tau), shade)
     return scene.pixels()
 
 
@@ -158,14 +158,14 @@ _DRAWINGS = {  # the classes, and what draws an image
     "digits": (tuple("0123456789"), _digit),
     "textures": (tuple(_PHOTOGRAPHS), _texture),
     "count": (tuple("1234"), _count),
-    "position": (tuple(f"{row} {column}" for row in _ROWS for column in _COLUMNS), _position),
+    "position": (tuple(f"{row} {column}" for row in _ROW_NAMES for column in _COLUMN_NAMES), _position),
     "orientation": (tuple(f"{degrees} degrees" for degrees in range(0, 180, 30)), _orientation),
-    "color_shape": (tuple(f"{colour} {kind}" for colour in _COLOURS for kind in _KINDS), _color_shape),
+    "color_shape": (tuple(f"{colour} {kind}" for colour in _COLOURS for kind in _COLOURED_SHAPES), _color_shape),
 }
 EMBEDDED = tuple(_DRAWINGS)
 
 
-def draw(name: str, size: int) -> Task:
+def draw_task(name: str, size: int) -> Task:
     """The embedded task of this name, at a height and width of so many pixels."""
     check_size(size)
     classes, draw_one = _DRAWINGS[name]

@@ -11,16 +11,16 @@ import numpy as np
 from jaxtyping import Int64
 
 from apthory._tools.extras import from_extra
-from apthory.tasks.decoding import Part, Stamp, check_unchanged, make_task
-from apthory.tasks.embedded import EMBEDDED, draw
+from apthory.tasks.decoding import EncodedPart, Stamp, check_unchanged, make_task
+from apthory.tasks.embedded import EMBEDDED, draw_task
 from apthory.tasks.task import Task, sha256, some
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _TEST_NAMES = ("test", "val", "validation")  # the first that exists is the test part
-_ROWS = 64  # of a Parquet file that are read at once
+_ROWS_AT_ONCE = 64  # of a Parquet file that are read at once
 
 
-def load(name: str, size: int, data: str | Path | None = None) -> Task:
+def load_task(name: str, size: int, data: str | Path | None = None) -> Task:
     """Load a task by name.
 
     Args:
@@ -37,7 +37,7 @@ def load(name: str, size: int, data: str | Path | None = None) -> Task:
     if prefix in readers and rest:
         return readers[prefix](rest, size)
     if name in EMBEDDED:
-        return draw(name, size)
+        return draw_task(name, size)
     folder = data or os.environ.get("APTHORY_DATA")
     known = f"Embedded tasks: {', '.join(EMBEDDED)}. Elsewhere: folder:PATH, parquet:PATH, hub:ID."
     way_out = "Set APTHORY_DATA or pass data= to name the folder that holds the tasks"
@@ -48,9 +48,9 @@ def load(name: str, size: int, data: str | Path | None = None) -> Task:
         raise ValueError(f"no embedded task {name!r}, and no data folder to look in. {way_out}. {known}")
     if not Path(folder).is_dir():
         raise ValueError(f"no task {name!r}: the data folder {str(folder)!r} does not exist. {way_out}. {known}")
-    found = sorted(path.name for path in Path(folder).iterdir() if any(path.glob("train-*.parquet")))
-    if name not in found:
-        there = ", ".join(found) or "no folder with train-*.parquet"
+    in_folder = sorted(path.name for path in Path(folder).iterdir() if any(path.glob("train-*.parquet")))
+    if name not in in_folder:
+        there = ", ".join(in_folder) or "no folder with train-*.parquet"
         raise ValueError(f"no task {name!r} in the data folder {str(folder)!r}, which has: {there}. {known}")
     return from_parquet(Path(folder) / name, size)
 
@@ -94,27 +94,27 @@ def from_folder(path: str | Path, size: int) -> Task:
     for part, by_class in (("train", train), ("test", test)):
         images = {os.path.abspath(file): Stamp.of(file.stat()) for files in by_class.values() for file in files}
         labels = [classes.index(name) for name, files in by_class.items() for _ in files]
-        parts.append(Part(part, labels, partial(_named, list(images)), images))
+        parts.append(EncodedPart(part, labels, partial(_at_paths, list(images)), images))
     return make_task(root.resolve().name, classes, parts, size, how)
 
 
-def _named(files: Sequence[str], indices: Sequence[int]) -> Iterator[Mapping[str, Any]]:
+def _at_paths(files: Sequence[str], indices: Sequence[int]) -> Iterator[Mapping[str, Any]]:
     return ({"bytes": None, "path": files[index]} for index in indices)
 
 
 def _files_by_class(folder: Path) -> dict[str, list[Path]]:
-    found = {}
+    by_class = {}
     for path in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
         files = sorted(file for file in path.rglob("*") if file.is_file())
-        found[path.name] = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
-        if not found[path.name]:
+        by_class[path.name] = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+        if not by_class[path.name]:
             raise ValueError(
                 f"class {path.name!r} in {str(folder)!r} has no images ({len(files)} other files); expected "
                 f"files that end in {', '.join(IMAGE_SUFFIXES)}: add some or remove the folder"
             )
-    if not found:
+    if not by_class:
         raise ValueError(f"{str(folder)!r} has no class folders; expected <class>/*.png in it")
-    return found
+    return by_class
 
 
 def from_parquet(
@@ -157,7 +157,7 @@ def from_parquet(
         [rows] = is_kept.nonzero()
         sizes = [pq.read_metadata(file).num_rows for file in files]
         encoded = partial(_stored, stamps, sizes, image, rows)
-        parts.append(Part(part, table[label].take(rows).to_pylist(), encoded, stamps))
+        parts.append(EncodedPart(part, table[label].take(rows).to_pylist(), encoded, stamps))
         info = json.loads((table.schema.metadata or {}).get(b"huggingface", "{}"))  # where `datasets` puts names
         names.append(info.get("info", {}).get("features", {}).get(label, {}).get("names"))
     if names[0] != names[1]:
@@ -197,7 +197,7 @@ def _stored(
             for group in range(file.num_row_groups):
                 row, start = start, start + file.metadata.row_group(group).num_rows
                 in_group, in_file = _cut(in_file, start)
-                for batch in file.iter_batches(_ROWS, [group], [column]) if len(in_group) else ():
+                for batch in file.iter_batches(_ROWS_AT_ONCE, [group], [column]) if len(in_group) else ():
                     in_batch, in_group = _cut(in_group, row + len(batch))
                     yield from (batch.column(0)[number].as_py() for number in (in_batch - row).tolist())
                     row += len(batch)
@@ -240,23 +240,23 @@ def from_hub(
         import datasets
 
     try:
-        found = datasets.load_dataset(identifier, **options)
+        dataset = datasets.load_dataset(identifier, **options)
     except Exception as error:  # the hub's client has many, which differ between versions
         raise OSError(
             f"cannot load {identifier!r} from the hub ({type(error).__name__}: {error}); check identifier, "
             "options and connection, or read a local copy by folder:PATH or parquet:PATH"
         ) from error
-    if not isinstance(found, datasets.DatasetDict):
+    if not isinstance(dataset, datasets.DatasetDict):
         raise ValueError("the options split= and streaming= do not fit here; choose splits by train= and test=")
-    test = test or next((name for name in _TEST_NAMES if name in found), "test")
-    if missing := [name for name in (train, test) if name not in found]:
-        raise ValueError(f"{identifier!r} has no split {some(missing)}; name them by train=, test=: {list(found)}")
+    test = test or next((name for name in _TEST_NAMES if name in dataset), "test")
+    if missing := [name for name in (train, test) if name not in dataset]:
+        raise ValueError(f"{identifier!r} has no split {some(missing)}; name them by train=, test=: {list(dataset)}")
     parts, names, fingerprints = [], None, []
     for part, name in (("train", train), ("test", test)):
-        _check_columns(identifier, (image, label), found[name].column_names)
-        rows = found[name].select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
+        _check_columns(identifier, (image, label), dataset[name].column_names)
+        rows = dataset[name].select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
         names = getattr(rows.features[label], "names", None)
-        parts.append(Part(part, list(rows[label]), partial(_listed, rows.select_columns([image]), image)))
+        parts.append(EncodedPart(part, list(rows[label]), partial(_listed, rows.select_columns([image]), image)))
         fingerprints.append(rows._fingerprint)  # changes with the data
     return make_task(identifier, names, parts, size, options={"fingerprints": fingerprints})
 

@@ -1,8 +1,8 @@
 """What one pass over a task's images found out, kept between processes so that the next need not decode them.
 
 One small JSON file a task, in the folder that APTHORY_CACHE names, else in ``apthory`` below XDG_CACHE_HOME or
-~/.cache. Its name is the hash of all that decides the pixels: files by path, size and date, options, versions. A file
-that cannot be read or written is as good as none: the pass is then made again.
+~/.cache. Its name is the hash of all that decides the pixels: files by path, size and date, options, versions. If the
+file cannot be read or written, the pass is made again.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ class Finding(NamedTuple):
     encoding: str  # formats of the images, such as "jpeg/png"
 
 
-def folder() -> Path:
+def findings_folder() -> Path:
     """Where findings are kept."""
     if given := os.environ.get("APTHORY_CACHE"):
         return Path(given)
@@ -47,4 +47,4 @@ def remember(identity: Mapping[str, Any], finding: Finding) -> None:
 
 def _path(identity: Mapping[str, Any]) -> Path:
     content = json.dumps(identity, sort_keys=True).encode("utf-8", "surrogateescape")  # names of files are bytes
-    return folder() / f"task-{hashlib.sha256(content).hexdigest()[:40]}.json"
+    return findings_folder() / f"task-{hashlib.sha256(content).hexdigest()[:40]}.json"

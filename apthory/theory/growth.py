@@ -11,7 +11,7 @@ LAWS = ("P", "P log P", "P^a")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fit:
+class GrowthFit:
     """A law fitted to means with known standard errors."""
 
     law: str
@@ -23,7 +23,7 @@ class Fit:
 def fit_law(
     law: str, positions: Float[np.ndarray, " point"], means: Float[np.ndarray, " point"],
     errors: Float[np.ndarray, " point"],
-) -> Fit:  # fmt: skip
+) -> GrowthFit:  # fmt: skip
     """Weighted least squares: ``alpha P``, ``alpha P log P + beta P`` (the O(P) belongs to it), or ``alpha P^a``."""
 
     def linear(columns: Sequence[np.ndarray]) -> tuple[float, np.ndarray, np.ndarray]:
@@ -34,17 +34,17 @@ def fit_law(
 
     if law == "P":
         distance, _, values = linear([positions])
-        return Fit(law=law, aic=distance + 2, shape=0.0, values=values)
+        return GrowthFit(law=law, aic=distance + 2, shape=0.0, values=values)
     if law == "P log P":
         distance, coefficients, values = linear([positions * np.log(positions), positions])
-        return Fit(law=law, aic=distance + 4, shape=float(coefficients[0]), values=values)
+        return GrowthFit(law=law, aic=distance + 4, shape=float(coefficients[0]), values=values)
     if law != "P^a":
         raise ValueError(f"no law {law!r}; there are {', '.join(LAWS)}")
-    found = optimize.minimize_scalar(
+    minimum = optimize.minimize_scalar(
         lambda a: linear([positions**a])[0], bounds=(0.0, 3.0), method="bounded", options={"xatol": 1e-7}
     )
-    distance, _, values = linear([positions**found.x])
-    return Fit(law=law, aic=distance + 4, shape=float(found.x), values=values)
+    distance, _, values = linear([positions**minimum.x])
+    return GrowthFit(law=law, aic=distance + 4, shape=float(minimum.x), values=values)
 
 
 def compare_laws(
@@ -52,7 +52,7 @@ def compare_laws(
     samples: Sequence[Sequence[int] | np.ndarray],
     random: np.random.Generator,
     num_draws: int = 200,
-) -> tuple[dict[str, Fit], dict[str, list[Fit]]]:
+) -> tuple[dict[str, GrowthFit], dict[str, list[GrowthFit]]]:
     """All laws fitted to the means of repetitions, and again to those of repetitions drawn anew (bootstrap).
 
     Args:
@@ -62,12 +62,12 @@ def compare_laws(
         num_draws: Of the bootstrap.
     """
     P = np.asarray(positions, float)
-    several = [np.asarray(one, float) for one in samples]
-    errors = np.array([one.std(ddof=1) / np.sqrt(len(one)) for one in several])
-    fits = {law: fit_law(law, P, np.array([one.mean() for one in several]), errors) for law in LAWS}
-    drawn: dict[str, list[Fit]] = {law: [] for law in LAWS}
+    repetitions = [np.asarray(counts, float) for counts in samples]
+    errors = np.array([counts.std(ddof=1) / np.sqrt(len(counts)) for counts in repetitions])
+    fits = {law: fit_law(law, P, np.array([counts.mean() for counts in repetitions]), errors) for law in LAWS}
+    drawn: dict[str, list[GrowthFit]] = {law: [] for law in LAWS}
     for _ in range(num_draws):
-        means = np.array([random.choice(one, len(one)).mean() for one in several])
+        means = np.array([random.choice(counts, len(counts)).mean() for counts in repetitions])
         for law in LAWS:
             drawn[law].append(fit_law(law, P, means, errors))
     return fits, drawn

@@ -73,7 +73,7 @@ class Samples(NamedTuple):
     noise: Float[Tensor, "repeat batch position"] | None  # added to every token along the prompted direction
 
 
-def draw(
+def draw_samples(
     problem: Problem,
     num_repeats: int,
     batch_size: int,
@@ -106,7 +106,7 @@ def one_pass(
 ) -> Iterator[Samples]:
     """Fresh batches without end."""
     while True:
-        yield draw(problem, num_repeats, batch_size, generator, **departures)
+        yield draw_samples(problem, num_repeats, batch_size, generator, **departures)
 
 
 def epochs(
@@ -120,7 +120,7 @@ def epochs(
     **departures: float,
 ) -> Iterator[Samples]:
     """Batches of a fixed sample, a different one for each repetition, in a new order in every epoch."""
-    sample = draw(problem, num_repeats, num_samples, generator, **departures)
+    sample = draw_samples(problem, num_repeats, num_samples, generator, **departures)
     for _ in range(num_epochs):
         order = torch.rand((num_repeats, num_samples), generator=generator, device=generator.device).argsort(1)
         for chosen in order.split(batch_size, dim=1):
@@ -132,7 +132,7 @@ def epochs(
 # ------------------------------------------------------------------------------------------------ networks
 
 
-class Network(nn.Module):
+class ReadoutNetwork(nn.Module):
     """What follows the prompted site: frozen, and read out to one number.
 
     Its activations have P positions and some channels; the prompt moves along one unit direction of them. A prompt of
@@ -168,7 +168,7 @@ class Network(nn.Module):
         return (position // self.problem.reach == window[..., None]).double()
 
 
-class Attention(Network):
+class Attention(ReadoutNetwork):
     """A class token's softmax attention over the positions: keys mark the active window, values carry the number.
 
     The prompt acts on the values. Softmax weights give each position of the window its share of 1 - q and every
@@ -202,7 +202,7 @@ class Attention(Network):
         return (1 - self.background) * local + self.background * along.mean(-1, keepdim=True)
 
 
-class Convolution(Network):
+class Convolution(ReadoutNetwork):
     """A small CNN: a convolution that tiles the map with square windows, ReLU, a sum over the map, and a bias.
 
     Its first channel says where the token is and is read together with the value: the prompt moves both. Windows
@@ -243,7 +243,7 @@ class Convolution(Network):
         return F.conv2d(grid.reshape(len(z), -1, self.side, self.side), self.weight, stride=width).flatten(1)
 
 
-def build(kind: str, problem: Problem, background: float = 0.0) -> Network:
+def build(kind: str, problem: Problem, background: float = 0.0) -> ReadoutNetwork:
     """A network by name: "attention", soft if there is a background, or "convolution"."""
     if kind == "convolution" and not background:
         return Convolution(problem)
@@ -255,8 +255,8 @@ def build(kind: str, problem: Problem, background: float = 0.0) -> Network:
 # ------------------------------------------------------------------------------------------------ training
 
 
-def descend(
-    network: Network, stream: Iterable[Samples], *, step: float, rule: Rule = "sgd"
+def train_prompts(
+    network: ReadoutNetwork, stream: Iterable[Samples], *, step: float, rule: Rule = "sgd"
 ) -> Iterator[Float[Tensor, "repeat position channel"]]:
     """Train prompts from zero on the mean hinge loss, by autograd; yields them after each batch.
 
@@ -279,7 +279,7 @@ def descend(
         logits = network(z, prompt[:, None])
         loss = F.relu(float(problem.margin) - label * logits).mean(1).sum()  # relu: no gradient at the kink itself
         (gradient,) = torch.autograd.grad(loss, prompt)
-        prompt = prompt.detach() - step * _DIRECTIONS[rule](gradient)
+        prompt = prompt.detach() - step * _STEP_DIRECTIONS[rule](gradient)
         yield prompt
 
 
@@ -288,7 +288,7 @@ def _normalized(gradient: Float[Tensor, "repeat position channel"]) -> Float[Ten
     return gradient / norm.where(norm > 0, 1.0)
 
 
-_DIRECTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+_STEP_DIRECTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sgd": lambda gradient: gradient,
     "normalized": _normalized,
     "sign": torch.sign,
@@ -296,7 +296,7 @@ _DIRECTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def steps_until(
-    network: Network, prompts: Iterable[Tensor], goal: Goal = "repaired", limit: int = 10**6
+    network: ReadoutNetwork, prompts: Iterable[Tensor], goal: Goal = "repaired", limit: int = 10**6
 ) -> Int[np.ndarray, " repeat"]:
     """Steps until every window of a repetition is repaired, or merely classified correctly.
 
@@ -319,7 +319,7 @@ def steps_until(
 
 
 def measured_error(
-    network: Network, prompt: Float[Tensor, "repeat position channel"], samples: Samples
+    network: ReadoutNetwork, prompt: Float[Tensor, "repeat position channel"], samples: Samples
 ) -> Float[np.ndarray, " repeat"]:
     """Share of samples on the wrong side, by a forward pass."""
     z = network.tokens(samples.window, samples.value)
@@ -328,7 +328,9 @@ def measured_error(
     return (samples.label * network(z, prompt[:, None]) <= 0).double().mean(1).cpu().numpy()
 
 
-def expected_error(network: Network, prompt: Float[Tensor, "repeat position channel"]) -> Float[np.ndarray, " repeat"]:
+def expected_error(
+    network: ReadoutNetwork, prompt: Float[Tensor, "repeat position channel"]
+) -> Float[np.ndarray, " repeat"]:
     """The error on new samples without departures, exactly: over all windows and both labels."""
     lifts, signal, nuisance = network.lifts(prompt), float(network.problem.signal), float(network.problem.nuisance)
     wrong = (signal - nuisance + lifts <= 0).double() + (-signal - nuisance + lifts >= 0).double()

@@ -173,8 +173,8 @@ _Pull = Callable[[Tensor], tuple[Any]]
 
 def _linearised(model: Callable[[Any], Tensor], at: Any) -> tuple[Tensor, _Pull]:
     """What the model gives, and products of its transposed Jacobian with cotangents."""
-    found = vjp(model, at)
-    return found[0], found[1]
+    value_and_pull = vjp(model, at)
+    return value_and_pull[0], value_and_pull[1]
 
 
 def _one_by_one(parts: Sequence[tuple[Callable[[Any], Tensor], Any]]) -> Callable[[int], tuple[Tensor, _Pull]]:
@@ -188,7 +188,7 @@ def _one_by_one(parts: Sequence[tuple[Callable[[Any], Tensor], Any]]) -> Callabl
 # ------------------------------------------------------------------------------------------ second order: T3
 
 
-class Part(NamedTuple):
+class ExampleSet(NamedTuple):
     """Some of the examples that see one prompt."""
 
     model: Callable[[Tensor], Float[Tensor, "example class"]]  # their logits with a prompt
@@ -205,7 +205,7 @@ class Newton(NamedTuple):
 
 
 def gauss_newton(
-    parts: Sequence[Part], prompt: Float[Tensor, "*unit"]
+    parts: Sequence[ExampleSet], prompt: Float[Tensor, "*unit"]
 ) -> tuple[Float[Tensor, "*unit"], Callable[[Tensor], Tensor]]:
     """Gradient for a prompt, and products with the Gauss-Newton matrix ``J' (d^2 loss / d logits^2) J``.
 
@@ -216,12 +216,12 @@ def gauss_newton(
     linearised = _one_by_one([(model, prompt) for model, _ in parts])
 
     def product(direction: Tensor) -> Tensor:
-        found = torch.zeros_like(prompt)
+        total = torch.zeros_like(prompt)
         for index, (model, loss) in enumerate(parts):
             logits, pull = linearised(index)
             pushed = jvp(model, (prompt,), (direction,))[1]
-            found = found + pull(jvp(grad(loss), (logits,), (pushed,))[1])[0]
-        return found
+            total = total + pull(jvp(grad(loss), (logits,), (pushed,))[1])[0]
+        return total
 
     gradient = torch.zeros_like(prompt)
     for index, (_, loss) in enumerate(parts):
@@ -231,7 +231,7 @@ def gauss_newton(
 
 
 def newton(
-    parts: Sequence[Part],
+    parts: Sequence[ExampleSet],
     prompt: Float[Tensor, "*unit"],
     ridge: float,
     *,
@@ -299,8 +299,8 @@ def tangent_kernels(
             logits, pull = linearised(index)
             for place, some in pull(direction.expand_as(logits).contiguous())[0].items():
                 rows.setdefault(place, []).append(some.flatten(1))
-        for place, several in rows.items():
-            flat = torch.cat(several).double()
+        for place, gradients in rows.items():
+            flat = torch.cat(gradients).double()
             kernels[place] = kernels.get(place, 0) + flat @ flat.T
     return kernels
 
@@ -331,13 +331,13 @@ def alignment(first: Float[Tensor, "example example"], second: Float[Tensor, "ex
     """
     if len(first) < 4:
         raise ValueError(f"alignment of kernels of {len(first)} examples; give at least four")
-    one, two = _centred(first.double()), _centred(second.double())
-    if one is None or two is None:
+    first, second = _centred_kernel(first.double()), _centred_kernel(second.double())
+    if first is None or second is None:
         return 0.0
-    return float((one * two).sum() / (one.norm() * two.norm()))
+    return float((first * second).sum() / (first.norm() * second.norm()))
 
 
-def _centred(kernel: Float[Tensor, "example example"]) -> Float[Tensor, "example example"] | None:
+def _centred_kernel(kernel: Float[Tensor, "example example"]) -> Float[Tensor, "example example"] | None:
     """A kernel whose rows, without the diagonal, have the mean zero; none if it was constant but for rounding."""
     num = len(kernel)
     kernel = kernel - kernel.diagonal().diag()

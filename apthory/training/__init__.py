@@ -7,9 +7,6 @@ configuration's own generator in training steps alone, so the cache stays exact.
 configuration; the test part is used by `evaluate` alone.
 """
 
-from typing import Any
-
-from apthory._tools import moved
 from apthory.training.bundle import Bundle, losses
 from apthory.training.cache import PrefixCache, run_prefix
 from apthory.training.config import Configuration, Recipe
@@ -21,7 +18,3 @@ __all__ = [
     "fit", "tune", "choose", "evaluate", "predict", "Fit", "FrozenHead", "Head", "Evaluation", "Recipe",
     "Configuration", "check_ready", "Bundle", "losses", "PrefixCache", "run_prefix",
 ]  # fmt: skip
-
-
-def __getattr__(name: str) -> Any:
-    return moved.renamed(__name__, name)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from apthory import backbones
 from apthory.tasks import Images
 
-_CHUNK = 64  # images that the prefix and evaluations see at once; more fall out of the processor's cache
+_IMAGES_AT_ONCE = 64  # images that the prefix and evaluations see at once; more fall out of the processor's cache
 
 
 class PrefixCache:
@@ -71,7 +71,7 @@ def run_prefix(
 
 def chunks_of(indices: Int64[Tensor, "*num image"], num: int = 1) -> tuple[Tensor, ...]:
     """Parts of the images that a stack of ``num`` can take at once, as equal as can be: new shapes cost set-up time."""
-    return indices.tensor_split(math.ceil(indices.shape[-1] / max(1, _CHUNK // num)), dim=-1)
+    return indices.tensor_split(math.ceil(indices.shape[-1] / max(1, _IMAGES_AT_ONCE // num)), dim=-1)
 
 
 def _is_channels_last(z: Tensor) -> bool:

@@ -21,17 +21,33 @@ from apthory.tasks import Task
 from apthory.training.bundle import NUM_CALIBRATION, Bundle
 from apthory.training.cache import PrefixCache, chunks_of, run_prefix
 from apthory.training.config import Configuration, Recipe
-from apthory.training.prediction import logits
+from apthory.training.prediction import logits_of
 from apthory.training.results import Evaluation, Fit, FrozenHead, Head, restored_heads
 
 
 @overload
 def fit(
-    backbone: nn.Module, task: Task, method: Method, configurations: Configuration | None = None, **options: Any
+    backbone: nn.Module,
+    task: Task,
+    method: Method,
+    configurations: Configuration | None = None,
+    *,
+    recipe: Recipe | None = None,
+    head: Head | None = None,
+    heads: Sequence[Fit] | None = None,
+    cache: PrefixCache | None = None,
 ) -> Fit: ...
 @overload
 def fit(
-    backbone: nn.Module, task: Task, method: Method, configurations: Sequence[Configuration], **options: Any
+    backbone: nn.Module,
+    task: Task,
+    method: Method,
+    configurations: Sequence[Configuration],
+    *,
+    recipe: Recipe | None = None,
+    head: Head | None = None,
+    heads: Sequence[Fit] | None = None,
+    cache: PrefixCache | None = None,
 ) -> list[Fit]: ...
 
 
@@ -76,7 +92,7 @@ def fit(
     if not isinstance(method, Method):
         raise ValueError(f"method is {method!r}; expected a method such as ActivationPrompting(site=...) or VP()")
     if heads is not None:
-        moved.warn_user("the argument heads of fit", "head=FrozenHead(fits)")
+        moved.warn("the argument heads of fit", "head=FrozenHead(fits)")
         _refuse_other_kind(head, heads)
         head = FrozenHead(heads)
     if head is not None and not isinstance(head, HeadSpec | FrozenHead):
@@ -88,8 +104,9 @@ def fit(
         raise ValueError(
             "the method was made with head='frozen'; give the head itself: fit(..., head=FrozenHead(fits))"
         )
-    is_single = configurations is None or isinstance(configurations, Configuration)
-    bundle = [configurations or Configuration()] if is_single else list(configurations)
+    configurations = Configuration() if configurations is None else configurations
+    is_single = isinstance(configurations, Configuration)
+    bundle = [configurations] if isinstance(configurations, Configuration) else list(configurations)
     if not bundle:
         raise ValueError("configurations is empty; give one or more, or leave it out for the default one")
     recipe = recipe or Recipe()
@@ -138,18 +155,12 @@ def check_ready(backbone: nn.Module, task: Task) -> None:
 
 
 @overload
-def evaluate(fits: Fit, task: Task) -> Evaluation: ...
-@overload
-def evaluate(fits: AdaptedBackbone, task: Task) -> Evaluation: ...
+def evaluate(fits: Fit | AdaptedBackbone, task: Task) -> Evaluation: ...
 @overload
 def evaluate(fits: Sequence[Fit], task: Task) -> list[Evaluation]: ...
-@overload
-def evaluate(fits: Task, task: Sequence[Fit]) -> list[Evaluation]: ...
 
 
-def evaluate(
-    fits: Fit | AdaptedBackbone | Sequence[Fit] | Task, task: Task | Sequence[Fit]
-) -> Evaluation | list[Evaluation]:
+def evaluate(fits: Any, task: Any) -> Evaluation | list[Evaluation]:
     """Accuracy and recall on the task's test part. Use it once.
 
     Args:
@@ -164,7 +175,7 @@ def evaluate(
         ValueError: If the fits are not of one bundle, or were trained on another task's images or classes.
     """
     if isinstance(fits, Task):  # up to version 0.1 the task came first
-        moved.warn_user("evaluate(task, fits)", "evaluate(fits, task)")
+        moved.warn("evaluate(task, fits)", "evaluate(fits, task)")
         fits, task = task, fits
     if isinstance(fits, AdaptedBackbone):
         return _evaluate_model(fits, task)
@@ -213,7 +224,7 @@ def _evaluate_model(model: AdaptedBackbone, task: Task) -> Evaluation:
         )
     correct = []
     for chunk in chunks_of(torch.arange(len(task.test))):
-        correct.append(logits(model, task.test[chunk]).argmax(1) == task.test.labels[chunk])
+        correct.append(logits_of(model, task.test[chunk]).argmax(1) == task.test.labels[chunk])
     return Evaluation.of(torch.cat(correct), task.test.labels, len(task.classes))
 
 
@@ -250,7 +261,7 @@ def tune(
     if not len(learning_rates) or not len(seeds):
         raise ValueError(f"learning_rates is {learning_rates!r} and seeds {seeds!r}; expected one or more of each")
     if heads is not None:
-        moved.warn_user("the argument heads of tune", "head=FrozenHead(fits)")
+        moved.warn("the argument heads of tune", "head=FrozenHead(fits)")
         _refuse_other_kind(head, heads)
         head = FrozenHead(heads)
     if isinstance(head, FrozenHead) and len(head.fits) != len(seeds):
@@ -421,14 +432,10 @@ def _order(indices: Int64[Tensor, " image"], seed: int, epoch: int) -> Int64[Ten
 
 def _prompt_norms(bundle: Bundle, states: Sequence[dict[str, Tensor]]) -> list[tuple[float, float]]:
     """Of each configuration: norm of what its prompt adds, and mean norm of what it is added to."""
-    prepared = bundle.method.build(bundle.backbone, 1)
-    prepared.suffix.to(bundle.device)
-    norms = []
-    for k, state in enumerate(states):
-        prepared.load([state])
-        with backbones.autocast(bundle.backbone, bundle.recipe.precision):
-            norms.append(prepared.prompt_norm(partial(bundle.source, bundle.splits[k].train[:NUM_CALIBRATION])))
-    return norms
+    bundle.prepared.load(states)
+    some_of = [partial(bundle.source, split.train[:NUM_CALIBRATION]) for split in bundle.splits]
+    with backbones.autocast(bundle.backbone, bundle.recipe.precision):
+        return [bundle.prepared.prompt_norm(k, activations) for k, activations in enumerate(some_of)]
 
 
 def _repeat(z: Tensor, num: int) -> Tensor:

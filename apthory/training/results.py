@@ -58,8 +58,8 @@ class Fit:
     @cached_property
     def model(self) -> AdaptedBackbone:
         """Backbone, what was trained, and head as one module that maps normalized images to logits."""
-        names = {"classes": self.classes, "transform": self.transform}
-        return adapted.adapt(self.backbone, self.method, self.state, self.head, **names)
+        trained = self.backbone, self.method, self.state, self.head
+        return adapted.adapt(*trained, classes=self.classes, transform=self.transform)
 
     def save(self, path: str | Path) -> Path:
         """Write what was trained and the head, without the backbone; `apthory.load_prompt` reads them back."""
@@ -69,7 +69,7 @@ class Fit:
         # Up to version 0.1 one fit was a list of one.
         if index != 0:
             raise IndexError("this is one fit, not a list of fits")
-        moved.warn_user("taking one fit out of a list", "the fit itself: fit() returns a list only for a list")
+        moved.warn("taking one fit out of a list", "the fit itself: fit() returns a list only for a list")
         return self
 
 
@@ -78,13 +78,13 @@ class FrozenHead:
     """The trained heads of earlier fits, held still: what is trained beside them is the method's edits alone.
 
     Args:
-        fits: One for each configuration.
+        fits: A list with one for each configuration.
     """
 
-    fits: Fit | Sequence[Fit]
+    fits: Sequence[Fit]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fits", (self.fits,) if isinstance(self.fits, Fit) else tuple(self.fits))
+        object.__setattr__(self, "fits", tuple(self.fits))
         if kinds := {type(fit).__name__ for fit in self.fits} - {"Fit"}:
             raise ValueError(f"FrozenHead takes fits, one for each configuration; got a {', '.join(sorted(kinds))}")
         names = sorted({type(fit.head_spec).__name__ for fit in self.fits})

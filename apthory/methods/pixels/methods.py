@@ -25,6 +25,7 @@ class VP(Method):
 
     name: ClassVar[str] = "vp"
     label: ClassVar[str] = "VP (frame)"
+    color: ClassVar[str] = "#A6761D"
     width: int | None = None  # pixels on each side, or side of a patch; None: 30 of 224, scaled to the input
     place: Place = "frame"  # a patch lies in the upper left corner, a random one elsewhere at each step
     normalized: bool = True  # added after normalization; otherwise to pixels in [0, 1]
@@ -56,6 +57,7 @@ class EVP(Method):
 
     name: ClassVar[str] = "evp"
     label: ClassVar[str] = "EVP"
+    color: ClassVar[str] = "#3A9BD9"
     width: int | None = None  # pixels on each side; None: 30 of 224, scaled to the input
     around: bool = True  # False lays the frame on the whole image instead
     diversity: tuple[pixels.Diversity, ...] = ("flip", "crop")  # augmentation of training images; () for none
@@ -91,6 +93,7 @@ class AdaViPro(Method):
 
     name: ClassVar[str] = "adavipro"
     label: ClassVar[str] = "AdaViPro"
+    color: ClassVar[str] = "#003F6B"
     width: int | None = None  # pixels on each side; None: 30 of 224, scaled to the input
     region: int | None = None  # side of a region in pixels; None: 32 of 224, scaled to a divisor of the input
     dim: int = 64  # channels of the mask generator

@@ -203,7 +203,9 @@ class Overlay(Stack):
         self.temperature = max(self.floor, self.first_temperature * self.decay**epoch)
         self.cosine = 0.5 * (1 + math.cos(math.pi * epoch / num_epochs))
 
-    def forward(self, x: Float[Tensor, "stack channel inner inner"]) -> Float[Tensor, "stack channel height width"]:
+    def forward(
+        self, x: Float[Tensor, "stack channel inner inner"], *inputs: Tensor
+    ) -> Float[Tensor, "stack channel height width"]:
         num = len(self.values)
         if self.is_calibrating:
             self.activation_norm.copy_(x.detach().unflatten(0, (num, -1)).float().flatten(2).norm(dim=2).mean(1))
@@ -284,8 +286,7 @@ class Overlay(Stack):
 
     def single(self, configuration: int) -> "Overlay":
         """The prompt of one configuration, as a stack of one."""
-        fields = {"init": self.init, "diversity": self.diversity, "normalization": self.normalization}
-        overlay = Overlay(self.layout, **fields).to(self.values.device)
+        overlay = Overlay(self.layout, init=self.init, normalization=self.normalization).to(self.values.device)
         overlay.load([self.state(configuration)])
         return overlay
 

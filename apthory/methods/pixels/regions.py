@@ -11,7 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-_CHUNK = 2**22  # gathered values that a processor sees at once: more fall out of its cache, which takes twice the time
+_VALUES_AT_ONCE = (
+    2**22
+)  # gathered values that a processor sees at once: more fall out of its cache, which takes twice the time
 
 
 def laplacian(grey: Float[Tensor, "batch height width"]) -> Float[Tensor, "batch height width"]:
@@ -85,7 +87,9 @@ class MaskGenerator(nn.Module):
     def forward(self, seen: Float[Tensor, "num batch height width"]) -> Float[Tensor, "num batch 2 row column"]:
         if torch.compiler.is_compiling():  # `torch.export` would take the number of chunks for a bound on the batch
             return self._logits(seen)
-        num_images = len(seen[0]) if seen.is_cuda else max(1, _CHUNK // (self.gather_bias.numel() * seen[0, 0].numel()))
+        num_images = (
+            len(seen[0]) if seen.is_cuda else max(1, _VALUES_AT_ONCE // (self.gather_bias.numel() * seen[0, 0].numel()))
+        )
         return torch.cat([self._logits(part) for part in seen.split(num_images, dim=1)], dim=1)
 
     def _logits(self, seen: Float[Tensor, "num batch height width"]) -> Float[Tensor, "num batch 2 row column"]:

@@ -10,25 +10,25 @@ from torch import Tensor, nn
 from torch.func import jvp
 
 from apthory import sites
-from apthory.equivalence.networks import Network, spread
+from apthory.equivalence.networks import PromptedNetwork, spread
 from apthory.methods import ActivationPrompt
 
-_ROUNDING = 1e-13  # of features: below it there is no effect to tune for
+_FEATURE_ROUNDING = 1e-13  # of features: below it there is no effect to tune for
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gap:
+class DistanceToTuning:
     """Distances of features, relative to the features' norm, for a prompt of some size."""
 
-    norm: float  # of the prompt, spread over all units, relative to the mean norm of the activations
-    effect: float  # from no prompt at all
-    tuning: float  # from the nearest tuning of the layer that was found: it is at most this far
-    is_converged: bool  # no small change of that tuning comes closer
-    linear: float  # from the nearest tuning, by derivatives alone: the limit of small prompts and small tunings
-    first_order: float  # from a shift of the layer's result by its derivative: what is due at each position
+    norm: float  # norm of the prompt, spread over all units, relative to the mean norm of the activations
+    effect: float  # distance from the features without a prompt
+    tuning: float  # distance from the nearest tuning that the search found; a nearer one may exist
+    is_converged: bool  # whether no small change of that tuning comes closer
+    linear: float  # distance from the nearest tuning by derivatives alone: the limit of small prompts and tunings
+    first_order: float  # distance when the layer's result is shifted, at each position, by its derivative
 
 
-def gap(
+def distance_to_tuning(
     backbone: nn.Module,
     prompt: ActivationPrompt,
     layer: str,
@@ -37,21 +37,22 @@ def gap(
     images: Float[Tensor, "batch *image"] | None = None,
     parameters: Literal["beta", "both"] = "both",
     num_rounds: int = 2,
-) -> list[Gap]:
-    """How far, at most, a prompt is from tuning one normalization layer, as the prompt grows; in float64.
+) -> list[DistanceToTuning]:
+    """Bound how far a prompt is from a tuning of one normalization layer, for growing norms of the prompt; in float64.
 
     What is left beyond the first order falls with the square of the norm (E4). The nearest tuning is sought by least
     squares of the features of these images (on others it may miss more). Features are no convex function of a tuning,
-    so what is found is an upper bound, and where `Gap.is_converged` is false not even a local minimum. What the
-    derivatives alone leave is exact, for prompts and tunings so small that they hold.
+    so the distance is an upper bound; where `DistanceToTuning.is_converged` is false it is not even a local minimum.
+    The field `linear` is exact for prompts and tunings so small that the derivatives describe them.
 
     Args:
         prompt: Its direction counts; its norm is replaced.
         layer: Name of the normalization layer, at or after the prompt's site.
-        norms: Of the prompt, relative to the mean norm of the activations. The search for one begins at the one before.
+        norms: Norms of the prompt, relative to the mean norm of the activations. The search for each norm starts from
+            the tuning that was found for the norm before.
         images: Normalized images, with more features in all than gamma and beta have entries; random by default.
-        parameters: Tune beta alone, or gamma as well.
-        num_rounds: Of ten steps each, at most, for a norm; from the second on each begins with a new derivative.
+        parameters: Whether beta alone is tuned, or gamma too.
+        num_rounds: Most rounds of ten steps for each norm; each round after the first starts with a new derivative.
 
     Raises:
         ValueError: If there is nothing to measure, if there are too few images, or if batch statistics see more than
@@ -68,7 +69,7 @@ def gap(
         raise ValueError(
             f"{layer!r} is a {type(norm_layer).__name__} without gamma and beta; name a layer that has them"
         )
-    network = Network(backbone, prompt.site, images)
+    network = PromptedNetwork(backbone, prompt.site, images)
     place = network.place(layer)
     if layer in network.order[: network.order.index("")] and sites.resolve(backbone, place) != network.site:
         raise ValueError(
@@ -77,9 +78,9 @@ def gap(
     z = network.read(network.site)
     direction = prompt.delta.detach().to(z).expand(network.unit)
     direction = direction * (z.flatten(1).norm(dim=1).mean() / direction.norm())
-    zero, one = z.new_zeros(()), z.new_ones(())
-    result, moved = jvp(lambda size: network.read(place, size * direction), (zero,), (one,))[:2]
-    plain, drift = jvp(lambda size: network(size * direction), (zero,), (one,))[:2]
+    zero, unit = z.new_zeros(()), z.new_ones(())
+    result, moved = jvp(lambda size: network.read(place, size * direction), (zero,), (unit,))[:2]
+    plain, drift = jvp(lambda size: network(size * direction), (zero,), (unit,))[:2]
     prefix, suffix = sites.split(network.model, place, example=network.images)
     with torch.no_grad():
         skips = prefix(network.images)[1:]
@@ -89,11 +90,11 @@ def gap(
         return float((a - b).norm() / plain.norm())
 
     axis, search = network.axis_at(place), None
-    if max(distance(target, plain) for target in targets) > _ROUNDING:
+    if max(distance(target, plain) for target in targets) > _FEATURE_ROUNDING:
         if network.uses_batch_statistics:
-            raise ValueError("with batch statistics gap measures channel prompts alone; call eval() on the backbone")
+            raise ValueError("with batch statistics only channel prompts are measured; call eval() on the backbone")
         search = _Tuning(lambda y: suffix(y, *skips), result, axis, has_gain=parameters == "both")
-    found, limit, values = [], 0.0, None
+    distances, limit, values = [], 0.0, None
     if search is not None:
         limit = distance(search.unexplained(drift), torch.zeros_like(plain))
     for index, (norm, target) in enumerate(zip(norms, targets, strict=True)):
@@ -107,8 +108,8 @@ def gap(
                 starts.append(values * (norm / norms[index - 1]))
             values, is_converged = search.nearest(target, starts, num_rounds)
             tuning = distance(search(values), target)
-        found.append(
-            Gap(
+        distances.append(
+            DistanceToTuning(
                 norm=norm,
                 effect=distance(target, plain),
                 tuning=tuning,
@@ -117,7 +118,7 @@ def gap(
                 first_order=distance(linear, target),
             )
         )
-    return found
+    return distances
 
 
 class _Tuning:
@@ -132,7 +133,7 @@ class _Tuning:
                 f"{features.numel()} features of {len(result)} images do not determine {len(self.zero)} values; "
                 f"pass at least {-(-len(self.zero) // features.shape[1])} images"
             )
-        self.rounding = _ROUNDING * float(features.norm())
+        self.rounding = _FEATURE_ROUNDING * float(features.norm())
         self.linearize(self.zero)
 
     def __call__(self, values: Tensor) -> Tensor:
