@@ -144,7 +144,7 @@ def test_named_studies_hold_every_block_site_of_the_shipped_backbones(suite: str
 
 
 def test_an_unknown_method_lists_those_there_are():
-    with pytest.raises(ValueError, match="no method 'prompt'; expected ap, norm, .*, frozen_head, site_probe, full"):
+    with pytest.raises(ValueError, match=r"no method 'prompt'; expected ap, norm, .*, frozen_head, site_probe, full"):
         record_format.method_of({"name": "prompt"})
 
 
