@@ -137,7 +137,7 @@ def cite() -> None:
     """Print BibTeX for apthory and the papers that it studies."""
     from apthory.lab import citation
 
-    typer.echo("\n\n".join(citation.entries()))
+    typer.echo(citation.bibtex())
 
 
 @app.command()
