@@ -88,7 +88,7 @@ class _Finder(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         assert isinstance(module, _OldModule)
-        _warn(module.__name__, module.places[0])
+        warn_of_old_name(module.__name__, module.places[0])
 
 
 def renamed(module: str, name: str) -> Any:
@@ -99,7 +99,7 @@ def renamed(module: str, name: str) -> Any:
     """
     if (place := RENAMED.get(f"{module}.{name}")) is None:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    _warn(f"{module}.{name}", f"apthory.{place[0]}.{place[1]}")
+    warn_of_old_name(f"{module}.{name}", f"apthory.{place[0]}.{place[1]}")
     return getattr(import_module(f"apthory.{place[0]}"), place[1])
 
 
@@ -109,7 +109,7 @@ def install() -> None:
         sys.meta_path.append(_Finder())
 
 
-def _warn(old: str, new: str) -> None:
+def warn_of_old_name(old: str, new: str) -> None:
     """Warn whoever wrote the old name: past the frames of the import machinery and of this package."""
     frame = sys._getframe()
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _MACHINERY:

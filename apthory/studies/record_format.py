@@ -31,6 +31,7 @@ _WEIGHTS = {
         "e88dde13ad5611572a3327e71f66380fa7c0d753cdae386527c002bf79dd452b"
     ),
 }
+_SCORES = {"windows_times_gradient": "found"}  # scores of sites that records name by an older name
 
 
 def cell(
@@ -97,6 +98,16 @@ def recipe_of(spelled: Mapping[str, Any]) -> training.Recipe:
 def weights(digest: str) -> str:
     """The digest by which records name the weights that have this one."""
     return _WEIGHTS.get(digest, digest)
+
+
+def score(name: str) -> str:
+    """The name by which records call a score of sites."""
+    return _SCORES.get(name, name)
+
+
+def score_of(spelled: str) -> str:
+    """The score behind a recorded name."""
+    return {old: name for name, old in _SCORES.items()}.get(spelled, spelled)
 
 
 def method_of(spelled: Mapping[str, Any]) -> methods.Method:
