@@ -137,7 +137,7 @@ def cite() -> None:
     """Print BibTeX for apthory and the papers that it studies."""
     from apthory.lab import citation
 
-    typer.echo("\n\n".join(citation.entries()))
+    typer.echo(citation.bibtex())
 
 
 @app.command()
@@ -177,7 +177,9 @@ def layers(
     size: Annotated[int, typer.Option(help="Side of the images in pixels; the backbone's own if left out.")] = 0,
     examples: Annotated[int, typer.Option(help="Images to score with, at most 1,000.")] = 400,
     second_order: Annotated[int, typer.Option(help="Images for the slow scores, at most 200; 0 skips them.")] = 0,
-    score: Annotated[str, typer.Option(help="Rank by coherence, windows, gain, newton, alignment or found.")] = "found",
+    score: Annotated[
+        str, typer.Option(help="Rank by coherence, windows, gain, newton, alignment or windows_times_gradient.")
+    ] = "windows_times_gradient",
     output: Annotated[str, typer.Option(help="Picture of the ranking; layers_<backbone>.png if left out.")] = "",
 ) -> None:
     """Rank the layers of a backbone on a task by one backward pass, and name the one to prompt."""
@@ -191,6 +193,7 @@ def layers(
     from apthory import backbones, selection, tasks
     from apthory.studies import site_search
 
+    score = selection.current_name(score)
     if score in selection.SECOND_ORDER and not second_order:
         raise typer.BadParameter(f"{score} wants images of its own, such as --second-order 40", param_hint="--score")
     model = backbones.load(backbone, weights=weights or None, input_size=size or None)
