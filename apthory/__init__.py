@@ -9,7 +9,7 @@ __all__ = [
     "ActivationPrompt", "AdaptedBackbone", "save_prompt", "load_prompt",
     "ActivationPrompting", "NormTuning", "LinearProbe", "FineTuning", "FixedPrompt", "VP", "EVP", "AdaViPro",
     "Method", "Edit", "LinearHead", "LabelMapping", "TextHead", "FrozenHead",
-    "Recipe", "Configuration", "fit", "tune", "evaluate",
+    "Recipe", "Configuration", "fit", "tune", "evaluate", "predict",
     "diagnose", "fold", "layer_profile", "rank_sites", "find_site",
 ]  # fmt: skip
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from apthory.selection import find_site, rank_sites
     from apthory.sites import capture, edited, list_sites, resolve, split
     from apthory.tasks import load_task
-    from apthory.training import Configuration, FrozenHead, Recipe, evaluate, fit, tune
+    from apthory.training import Configuration, FrozenHead, Recipe, evaluate, fit, predict, tune
 else:  # the same names, each from its module when it is first used: torch and timm take seconds to import
     from importlib import import_module
 
@@ -68,7 +68,7 @@ else:  # the same names, each from its module when it is first used: torch and t
         "selection": ("find_site", "rank_sites"),
         "sites": ("capture", "edited", "list_sites", "resolve", "split"),
         "tasks": ("load_task",),
-        "training": ("Configuration", "FrozenHead", "Recipe", "evaluate", "fit", "tune"),
+        "training": ("Configuration", "FrozenHead", "Recipe", "evaluate", "fit", "predict", "tune"),
     }
     _DEFINED_AS = {"load_classifier": "classifier"}
     _OTHERS = ("benchmarks", "costs", "lab", "pretraining", "studies", "theory")  # reached by their names alone

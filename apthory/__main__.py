@@ -2,9 +2,12 @@
 
 import ast
 import os
+import shlex
+import warnings
 from collections import Counter
-from contextlib import nullcontext
-from dataclasses import fields
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +34,7 @@ class _Commands(TyperGroup):
 app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.callback(help="Run notebooks and studies, check what they left, rank the layers of a model of your own.")
+@app.callback(help="Prompt a model of your own and use it; run notebooks and studies, and check what they left.")
 def _options(
     debug: Annotated[
         bool, typer.Option("--debug", envvar="APTHORY_DEBUG", help="Show the traceback of an error.")
@@ -183,11 +186,7 @@ def layers(
     output: Annotated[str, typer.Option(help="Picture of the ranking; layers_<backbone>.png if left out.")] = "",
 ) -> None:
     """Rank the layers of a backbone on a task by one backward pass, and name the one to prompt."""
-    data = data.removeprefix("folder:")  # as `tasks.load` wants it
-    if bool(data) == bool(task):
-        raise typer.BadParameter("name either a folder of images (--data) or a task (--task)")
-    if data and not Path(data).is_dir():
-        raise typer.BadParameter(f"there is no folder {data!r}", param_hint="--data")
+    name = _task_name(data, task)
     import pandas as pd
 
     from apthory import backbones, selection, tasks
@@ -197,7 +196,7 @@ def layers(
     if score in selection.SECOND_ORDER and not second_order:
         raise typer.BadParameter(f"{score} wants images of its own, such as --second-order 40", param_hint="--score")
     model = backbones.load(backbone, weights=weights or None, input_size=size or None)
-    images = tasks.load(f"folder:{data}" if data else task, backbones.input_size(model))
+    images = tasks.load(name, backbones.input_size(model))
     table = selection.rank_sites(
         model,
         images,
@@ -218,6 +217,112 @@ def layers(
     site_search.draw_ranking(table, score, f"{backbone} on {images.name}", path)
     typer.echo(f"drawn in {path}")
     typer.echo(f"prompt {table['site'][0]}")
+
+
+@app.command()
+def fit(
+    backbone: Annotated[str, typer.Option(help="vit_micro, resnet_micro, or any name that timm knows.")],
+    output: Annotated[Path, typer.Option(help="File to write, *.safetensors.")],
+    data: Annotated[str, typer.Option(help="Folder with train/<class>/* and test/<class>/*, or <class>/*.")] = "",
+    task: Annotated[str, typer.Option(help="Instead of a folder: a task's name, such as textures.")] = "",
+    site: Annotated[str, typer.Option(help="Where to prompt, such as blocks.2:input; see `apthory layers`.")] = "",
+    method: Annotated[str, typer.Option(help="ap (activation prompt), norm, linear_probe, vp, evp, ...")] = "ap",
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A field of the method, such as shape=channel.")
+    ] = None,
+    weights: Annotated[str, typer.Option(help="Safetensors file of the backbone; else shipped or timm's own.")] = "",
+    size: Annotated[int, typer.Option(help="Side of the images in pixels; the backbone's own if left out.")] = 0,
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 10,
+    batch_size: Annotated[int, typer.Option(help="Images of a step.")] = 32,
+    learning_rate: Annotated[
+        list[float] | None, typer.Option(help="0.01 if left out; of several, validation chooses one.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the split, the initial head and the order of images.")] = 0,
+    num_train: Annotated[int | None, typer.Option(help="Training images at most; all if left out.")] = None,
+    num_validation: Annotated[
+        int | None,
+        typer.Option(help="Training images held out to choose epoch and rate; a fifth, at most 100, if left out."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output if it is there.")] = False,
+) -> None:
+    """Train a prompt, or another method, on your images; then test it once, on all test images."""
+    name = _task_name(data, task)
+    from apthory import backbones, methods, sites, tasks, training
+    from apthory._tools.files import check_output
+
+    check_output(output, ".safetensors", overwrite=force)
+    options = dict(_parse_parameter(text, "--option") for text in option or []) | ({"site": site} if site else {})
+    lacks_site = "site" in methods.registry.needed(methods.registry.find_method(method)) and "site" not in options
+    chosen = None if lacks_site else methods.registry.make(method, options)
+    recipe = training.Recipe(
+        num_epochs=epochs,
+        batch_size=batch_size,
+        num_train=num_train,
+        num_validation=training.Recipe.num_validation if num_validation is None else num_validation,
+        num_test=None,
+    )
+    rates = sorted(set(learning_rate or [training.Configuration.learning_rate]))
+    for rate in rates:
+        training.Configuration(learning_rate=rate, seed=seed)  # raises now if it would later
+    model = backbones.load_sized(backbone, size or None, weights=weights or None)
+    if chosen is None:
+        raise ValueError(
+            f"the method {method!r} needs a site: give --site, one of {', '.join(sites.list_sites(model))}; "
+            f"`apthory layers --backbone {backbone} {f'--data {data}' if data else f'--task {task}'}` ranks them"
+        )
+    num_parameters = chosen.num_parameters(model)  # meets a site that is not there before any image is read
+    images = tasks.load(name, backbones.input_size(model))
+    if num_validation is None:
+        recipe = replace(recipe, num_validation=max(1, min(100, len(images.train) // 5)))
+    split = images.split(seed, recipe.num_train, recipe.num_validation, recipe.num_test)
+    typer.echo(
+        f"{images.name}: {len(images.classes)} classes; {len(split.train)} images to train on, "
+        f"{len(split.validation)} held out for validation, {len(split.test)} to test"
+    )
+    typer.echo(f"{method} at {chosen.site} of {backbone}: {num_parameters:,} trained values beside the head")
+    with _plain_warnings():
+        [best] = training.tune(model, images, chosen, learning_rates=rates, seeds=[seed], recipe=recipe)
+    path = best.save(output)
+    typer.echo(
+        f"validation accuracy {best.validation_accuracy:.1f} %, by epoch {best.epoch} of {epochs} at learning rate "
+        f"{best.configuration.learning_rate:g}"
+    )
+    typer.echo(f"saved in {path} ({path.stat().st_size / 1000:,.0f} kB: all but the backbone)")
+    _print_evaluation(training.evaluate(best, images), images)
+    typer.echo("next, for images without labels:")
+    typer.echo(f"  apthory predict --prompt {shlex.quote(str(path))} --images FOLDER")
+
+
+@app.command()
+def predict(
+    prompt: Annotated[Path, typer.Option(help="File that `apthory fit` or Fit.save wrote.")],
+    images: Annotated[Path, typer.Option(help="Folder of images, at any depth; or one image.")],
+    output: Annotated[Path | None, typer.Option(help="File to write, *.csv; else the table is printed.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images that the model is given at once.")] = 64,
+    backbone: Annotated[str, typer.Option(help="Name of the backbone, where the file does not say it.")] = "",
+    weights: Annotated[str, typer.Option(help="Its weights, if they lie elsewhere now.")] = "",
+    size: Annotated[int, typer.Option(help="Side of its images in pixels, where the file does not say it.")] = 0,
+) -> None:
+    """Name the class of each image of a folder: a table of file, class and probability."""
+    from apthory import training
+    from apthory._tools.files import check_output, write_atomically
+    from apthory.methods import files
+
+    if output is not None:
+        check_output(output, ".csv")
+    own = files.backbone_of_file(prompt, name=backbone or None, weights=weights or None, size=size or None)
+    with _plain_warnings(is_silent=True):  # what cannot be read is said below
+        table = training.predict(files.load_prompt(prompt, own), images, batch_size=batch_size)
+    content = table.to_csv(index=False, float_format="%.6f").encode("utf-8", "surrogateescape")
+    if output is None:
+        typer.echo(content, nl=False)
+    else:
+        write_atomically(output, content)
+        typer.echo(f"{len(table)} images, in {output}")
+    if unreadable := table.attrs["unreadable"]:
+        for file, reason in unreadable:
+            typer.echo(f"cannot be read: {file} ({reason})", err=True)
+        typer.echo(f"{len(unreadable)} of {len(table) + len(unreadable)} images cannot be read", err=True)
 
 
 @app.command()
@@ -317,10 +422,44 @@ def bench_metrics(
     typer.echo(metrics.summarize_metrics(record).to_string(float_format="{:.4g}".format))
 
 
-def _parse_parameter(text: str) -> tuple[str, Any]:
+def _task_name(data: str, task: str) -> str:
+    """What `tasks.load` is to load, of a folder or a task."""
+    data = data.removeprefix("folder:")
+    if bool(data) == bool(task):
+        raise typer.BadParameter("name either a folder of images (--data) or a task (--task)")
+    if data and not Path(data).is_dir():
+        raise typer.BadParameter(f"there is no folder {data!r}", param_hint="--data")
+    return f"folder:{data}" if data else task
+
+
+@contextmanager
+def _plain_warnings(is_silent: bool = False) -> Iterator[None]:
+    """While this lasts, a warning is one line on stderr."""
+    with warnings.catch_warnings():
+        if is_silent:
+            warnings.simplefilter("ignore", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: typer.echo(f"Warning: {message}", err=True)
+        yield
+
+
+def _print_evaluation(evaluation: Any, task: Any) -> None:
+    """Accuracy, and the classes that are recognized worst."""
+    typer.echo(
+        f"test accuracy {evaluation.accuracy:.1f} % on {len(evaluation.correct)} images, "
+        f"{evaluation.balanced_accuracy:.1f} % where each class counts alike"
+    )
+    counts = task.test.labels.bincount(minlength=len(task.classes)).tolist()
+    rows = zip(evaluation.recall.tolist(), task.classes, counts, strict=True)
+    worst = sorted((row for row in rows if row[2]), key=lambda row: row[0])[:10]
+    typer.echo("recall by class, lowest first:" if len(worst) == len(counts) else "the lowest recalls:")
+    for recall, name, count in worst:
+        typer.echo(f"  {recall:5.1f} % of {count} {name}")
+
+
+def _parse_parameter(text: str, option: str = "-p") -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not (equals and name.isidentifier()):
-        raise typer.BadParameter(f"{text!r} is not NAME=VALUE", param_hint="-p")
+        raise typer.BadParameter(f"{text!r} is not NAME=VALUE", param_hint=option)
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):

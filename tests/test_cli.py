@@ -202,6 +202,11 @@ def test_a_call_that_cannot_be_read_is_a_usage_error(project, arguments):
 LATER = {  # commands that import what they call when they are called: their arguments, and the function to replace
     "sweep": ([], "apthory.studies.catalogue.known"),
     "layers": (["--backbone", "vit_micro", "--task", "digits"], "apthory.backbones.load"),
+    "fit": (
+        ["--backbone", "vit_micro", "--task", "digits", "--site", "blocks.2:input", "--output", "p.safetensors"],
+        "apthory.backbones.load_sized",
+    ),
+    "predict": (["--prompt", "p.safetensors", "--images", "."], "apthory.methods.files.load_backbone"),
     "pretrain": (["vit_micro", "--output", "run"], "apthory.pretraining.pretrain"),
     "ship": (["vit_micro.safetensors"], "apthory.pretraining.cards.ship"),
     "bench": ([], "apthory.benchmarks.prefix_cache.run_prefix_cache"),

@@ -178,6 +178,7 @@ def test_a_file_is_kilobytes_and_holds_no_weight_of_the_backbone(tmp_path: Path)
         "transform": "",
         "backbone": "vit_micro",
         "digest": backbones.digest(backbone),
+        "load_arguments": {"name": "vit_micro"},
     }
     assert config == files.describe_file(path)
     assert [file.name for file in tmp_path.iterdir()] == ["prompt.safetensors"]

@@ -14,12 +14,24 @@ from apthory.backbones.frozen import (
     mean_std,
     normalize,
 )
-from apthory.backbones.loading import SHIPPED, card, checkpoints, classifier, create, load_backbone, start
+from apthory.backbones.loading import (
+    SHIPPED,
+    card,
+    checkpoints,
+    classifier,
+    create,
+    load_again,
+    load_arguments,
+    load_backbone,
+    load_sized,
+    start,
+)
 
 load = load_backbone
 
 __all__ = [
-    "load", "load_backbone", "classifier", "create", "start", "checkpoints", "card", "SHIPPED",
-    "shipped_folder", "weight_file", "freeze", "digest", "architecture", "default_device", "autocast",
-    "is_channels_last", "carried_classifier", "whole", "input_size", "mean_std", "normalize",
+    "load", "load_backbone", "load_sized", "load_again", "load_arguments", "classifier", "create", "start",
+    "checkpoints", "card", "SHIPPED", "shipped_folder", "weight_file", "freeze", "digest", "architecture",
+    "default_device", "autocast", "is_channels_last", "carried_classifier", "whole",
+    "input_size", "mean_std", "normalize",
 ]  # fmt: skip

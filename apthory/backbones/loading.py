@@ -18,6 +18,12 @@ from apthory.backbones.files import shipped_folder, weight_file
 from apthory.backbones.frozen import as_dict, default_device, freeze
 
 SHIPPED = ("vit_micro", "resnet_micro")
+# The arguments of `load` that a backbone remembers and a file may carry. By none of them can a file from elsewhere run
+# code, as it could by arguments of timm that name checkpoints.
+_REMEMBERED = (
+    "pretrained", "weights", "num_classes", "input_size", "mean", "std",
+    "img_size", "patch_size", "pad_type", "global_pool",
+)  # fmt: skip
 _MICRO_DATA = {  # statistics of Tiny-ImageNet, on which the micro backbones were trained
     "input_size": (3, 64, 64),
     "mean": (0.480, 0.448, 0.397),
@@ -117,6 +123,8 @@ def load_backbone(
         ValueError: If the name is unknown or a weight file does not fit the architecture.
         OSError: If the weight file, or a download, cannot be had.
     """
+    given: dict[str, Any] = {"pretrained": pretrained or False, "weights": weights, "num_classes": num_classes}
+    given |= {"input_size": input_size, "mean": mean, "std": std, **kwargs}
     place = default_device() if device == "auto" else device
     if name.startswith(clip_towers.PREFIX):
         model = clip_towers.load_tower(name, pretrained, weights, num_classes, input_size, place, **kwargs)
@@ -133,7 +141,61 @@ def load_backbone(
         raise ValueError(f"{name!r} is laid out for {laid_out[0]} pixels, not {input_size}; pass img_size={input_size}")
     own = {"input_size": input_size and (3, input_size, input_size), "mean": mean, "std": std}
     model.pretrained_cfg = as_dict(model.pretrained_cfg) | {k: tuple(v) for k, v in own.items() if v}
+    model.load_arguments = _as_json(name, given)
     return freeze(model).to(place)
+
+
+def load_sized(
+    name: str, size: int | None, *, weights: str | Path | None = None, device: str | torch.device = "auto"
+) -> nn.Module:
+    """`load` for images of a size in pixels, by that argument which the architecture takes; None for its own size."""
+    if not size:
+        return load_backbone(name, weights=weights, device=device)
+    if getattr(getattr(create(name), "patch_embed", None), "img_size", None):
+        try:
+            return load_backbone(name, weights=weights, device=device, img_size=size)
+        except ValueError as error:
+            raise ValueError(f"{error}; or leave out the size {size}, if the weights are for another one") from error
+    return load_backbone(name, weights=weights, device=device, input_size=size)
+
+
+def load_arguments(model: nn.Module) -> dict[str, Any]:
+    """The arguments by which `load` makes a backbone again, fit for JSON; empty if it was not made so.
+
+    The device is not among them, and neither are values that `load` has by itself. Files are named as they were given.
+    """
+    return dict(getattr(model, "load_arguments", {}))
+
+
+def load_again(arguments: Mapping[str, Any], device: str | torch.device = "auto") -> nn.Module:
+    """The backbone whose `load_arguments` these are.
+
+    Raises:
+        ValueError: If there are arguments among them that no backbone remembers, and what `load` raises.
+        OSError: As `load`.
+    """
+    name, unknown = arguments.get("name"), arguments.keys() - {"name", *_REMEMBERED}
+    if not isinstance(name, str) or unknown:
+        raise ValueError(
+            f"cannot load a backbone by {dict(arguments)}; expected a name, and some of {', '.join(_REMEMBERED)}"
+        )
+    try:
+        return load_backbone(**arguments, device=device)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"cannot load a backbone by {dict(arguments)} ({error}); load it by its name") from error
+
+
+def _as_json(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `load` that differ from its defaults; none at all if JSON has no place for one of them."""
+    defaults = {"pretrained": True, "num_classes": 0}
+    chosen = {key: value for key, value in given.items() if value is not None and value is not defaults.get(key)}
+    if isinstance(chosen.get("weights"), Path):
+        chosen["weights"] = str(chosen["weights"])
+    try:
+        arguments = json.loads(json.dumps({"name": name, **chosen}))
+    except (TypeError, ValueError):
+        return {}
+    return arguments if chosen.keys() <= set(_REMEMBERED) else {}
 
 
 def classifier(

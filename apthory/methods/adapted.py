@@ -113,7 +113,13 @@ class AdaptedBackbone(nn.Module):
     def merged(self) -> nn.Module:
         """One ordinary module that shares nothing with the backbone, for `torch.export`, ONNX and servers.
 
-        Tuned weights are written into a copy of the backbone; edits become a part of its graph.
+        Tuned weights are written into a copy of the backbone; edits become a part of its graph. It takes what
+        `apthory.normalize` gives. For batches of any size, with ``x`` two such images or more (ONNX wants the packages
+        onnx and onnxscript)::
+
+            merged, sizes = model.merged(), ({0: torch.export.Dim("batch")},)
+            torch.export.save(torch.export.export(merged, (x,), dynamic_shapes=sizes), "model.pt2")
+            torch.onnx.export(merged, (x,), "model.onnx", dynamo=True, dynamic_shapes=sizes)
         """
         if self.reader is not None:
             body: nn.Module = _First(copy.deepcopy(self.reader))

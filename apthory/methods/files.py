@@ -18,7 +18,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from apthory import backbones, sites
-from apthory._tools.files import write_atomically
+from apthory._tools.files import check_output, write_atomically
 from apthory.heads import CosineHead
 from apthory.methods import registry
 from apthory.methods.activation import ActivationPrompt, prompt_shape
@@ -51,6 +51,7 @@ def save_model(path: str | Path, model: AdaptedBackbone) -> Path:
         ValueError: If the head is of another kind than linear or cosine, or a value is not finite.
         OSError: If the file cannot be written.
     """
+    path = check_output(path)
     source, backbone = model.source, model.backbone
     _check_source(path, source, model)
     tensors = {f"edits.{name}": value for name, value in source.state.items()}
@@ -79,8 +80,8 @@ def save_model(path: str | Path, model: AdaptedBackbone) -> Path:
         "backbone": backbones.architecture(backbone),
         "digest": backbones.digest(backbone),
         "tensors_sha256": _tensors_digest(tensors),
+        "load_arguments": backbones.load_arguments(backbone),
     }
-    path = Path(path)
     write_atomically(path, serialize(tensors, {"apthory": json.dumps(config)}))
     return path
 
@@ -90,14 +91,20 @@ def save_prompt(path: str | Path, prompt: Prompt, backbone: nn.Module, head: nn.
     return save_model(path, AdaptedBackbone(backbone, prompt, head))
 
 
-def load_prompt(path: str | Path, backbone: nn.Module) -> AdaptedBackbone:
+def load_prompt(path: str | Path, backbone: nn.Module | None = None) -> AdaptedBackbone:
     """Read what was trained back onto the backbone for which it was trained.
+
+    Args:
+        path: Of the file.
+        backbone: That backbone; `backbone_of_file` makes it if it is left out.
 
     Raises:
         ValueError: If the file is not of this kind, is damaged, or belongs to another backbone, site or image size.
         OSError: If there is no such file.
     """
     config, tensors = _read(path)
+    if backbone is None:
+        backbone = backbone_of_file(path)
     own = backbones.architecture(backbone)
     if config["backbone"] != own:
         raise ValueError(f"{path} was trained for the backbone {config['backbone']!r}, not {own!r}; load that one")
@@ -116,6 +123,41 @@ def load_prompt(path: str | Path, backbone: nn.Module) -> AdaptedBackbone:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} does not fit {own!r} ({reason}); it may be damaged: save it anew") from error
     return model
+
+
+def backbone_of_file(
+    path: str | Path,
+    *,
+    name: str | None = None,
+    weights: str | Path | None = None,
+    size: int | None = None,
+    device: str | torch.device = "auto",
+) -> nn.Module:
+    """The backbone for which a file was trained, by the arguments of `backbones.load_backbone` that the file carries.
+
+    Args:
+        path: Of the file.
+        name: Of the backbone, where the file does not say it, or says another one.
+        weights: File of its weights, where that lies elsewhere now.
+        size: Side of its images in pixels, where the file does not say it.
+        device: As for `backbones.load_backbone`.
+
+    Raises:
+        ValueError: If there is no name, and what `backbones.load_backbone` raises.
+        OSError: If there is no such file, or the weights cannot be had.
+    """
+    config = _read(path)[0]
+    arguments: dict[str, Any] = config.get("load_arguments", {})
+    if name is None and not arguments:
+        raise ValueError(
+            f"{path} does not say how to load its backbone {config['backbone']!r}; name it (--backbone, and perhaps "
+            "--weights and --size), or load it yourself: load_prompt(path, backbone)"
+        )
+    if name is None and size is None:
+        return backbones.load_again(arguments | ({} if weights is None else {"weights": str(weights)}), device)
+    if name is None:
+        name, weights = str(arguments.get("name")), weights or arguments.get("weights")
+    return backbones.load_sized(name, size or config.get("image_size"), weights=weights, device=device)
 
 
 def describe_file(path: str | Path) -> dict[str, Any]:
@@ -148,6 +190,8 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name, kind in (_FIELDS if version == _FORMAT else old).items():
         if not isinstance(config.get(name), kind):
             raise ValueError(f"{path} is damaged: its {name} is {config.get(name)!r}, and should be a {kind.__name__}")
+    if not isinstance(own := config.get("load_arguments", {}), dict):
+        raise ValueError(f"{path} is damaged: its load_arguments are {own!r}, and should be a dict")
     if version == _FORMAT and config["tensors_sha256"] != _tensors_digest(tensors):
         raise ValueError(
             f"{path} is damaged: its tensors are not those that were saved; save it anew, or copy it again"

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -124,12 +125,37 @@ def _survey(task: Task, sources: Sequence["_Encoded"]) -> tuple[Task, remembered
     return task, remembered.Finding(digest, "/".join(sorted(encodings)))
 
 
-class _Result(NamedTuple):
-    """An image, or what went wrong."""
+class Decoded(NamedTuple):
+    """An image, or what is wrong with it."""
 
+    place: str  # its file, or its row
     pixels: UInt8[np.ndarray, "channel height width"] | None
     encoding: str = ""
-    failure: str = ""
+    reason: str = ""  # why there are no pixels
+
+    @property
+    def failure(self) -> str:
+        """Place and reason in one."""
+        return f"{self.place} ({self.reason})"
+
+
+def read_images(files: Sequence[str | Path], size: int) -> Iterator[Decoded]:
+    """Decode image files one after the other, as tasks do; only a few are in memory at a time.
+
+    Args:
+        files: In the order in which they are wanted.
+        size: Height and width in pixels.
+
+    Yields:
+        One image for each file; one that cannot be read has no pixels, and says why.
+    """
+    check_size(size)
+
+    def encoded(indices: Sequence[int]) -> Iterator[Mapping[str, Any]]:
+        return ({"bytes": None, "path": str(files[index])} for index in indices)
+
+    part = EncodedPart("images", [None] * len(files), encoded)
+    yield from _Encoded("images", part, size).results(range(len(files)), most_without_bar=0)
 
 
 class _Encoded:
@@ -148,11 +174,11 @@ class _Encoded:
                 )
             yield result.pixels
 
-    def results(self, indices: Sequence[int]) -> Iterator[_Result]:
+    def results(self, indices: Sequence[int], most_without_bar: int = 5000) -> Iterator[Decoded]:
         """Decode the images at ascending indices; only a few of them are in memory at a time."""
-        waiting: deque[Future[_Result]] = deque()
+        waiting: deque[Future[Decoded]] = deque()
         with (
-            progress(desc=self.name, total=len(indices), disable=len(indices) <= 5000) as bar,
+            progress(desc=self.name, total=len(indices), disable=len(indices) <= most_without_bar) as bar,
             ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,  # PIL decodes outside the GIL
         ):
             for index, encoded in zip(indices, self.part.encoded(indices), strict=True):
@@ -164,20 +190,20 @@ class _Encoded:
                 yield waiting.popleft().result()
                 bar.update()
 
-    def _decode(self, index: int, encoded: Mapping[str, Any] | None) -> _Result:
+    def _decode(self, index: int, encoded: Mapping[str, Any] | None) -> Decoded:
         place = f"{self.part.name} row {index}"
         try:
             if not encoded or (encoded["bytes"] is None and not encoded["path"]):
                 raise ValueError("neither bytes nor a path")
             place = encoded["path"] or place
             with self._open(encoded) as file, Image.open(file) as image:
-                return _Result(_pixels(image, self.shape[-1]), image.format.lower())
+                return Decoded(place, _pixels(image, self.shape[-1]), image.format.lower())
         except _ChangedError:
             raise
         except UnidentifiedImageError:
-            return _Result(None, failure=f"{place} (not an image, or of an unknown format)")
+            return Decoded(place, None, reason="not an image, or of an unknown format")
         except Exception as error:  # noqa: BLE001 - of many kinds; raised for all images at once
-            return _Result(None, failure=f"{place} ({error})")
+            return Decoded(place, None, reason=str(error))
 
     def _open(self, encoded: Mapping[str, Any]) -> io.BytesIO | io.BufferedReader:
         if encoded["bytes"] is not None:

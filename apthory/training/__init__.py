@@ -11,9 +11,10 @@ from apthory.training.bundle import Bundle, losses
 from apthory.training.cache import PrefixCache, run_prefix
 from apthory.training.config import Configuration, Recipe
 from apthory.training.fitting import check_ready, choose, evaluate, fit, tune
+from apthory.training.prediction import predict
 from apthory.training.results import Evaluation, Fit, FrozenHead, Head
 
 __all__ = [
-    "fit", "tune", "choose", "evaluate", "Fit", "FrozenHead", "Head", "Evaluation", "Recipe", "Configuration",
-    "check_ready", "Bundle", "losses", "PrefixCache", "run_prefix",
+    "fit", "tune", "choose", "evaluate", "predict", "Fit", "FrozenHead", "Head", "Evaluation", "Recipe",
+    "Configuration", "check_ready", "Bundle", "losses", "PrefixCache", "run_prefix",
 ]  # fmt: skip

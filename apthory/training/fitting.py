@@ -21,6 +21,7 @@ from apthory.tasks import Task
 from apthory.training.bundle import NUM_CALIBRATION, Bundle
 from apthory.training.cache import PrefixCache, chunks_of, run_prefix
 from apthory.training.config import Configuration, Recipe
+from apthory.training.prediction import logits
 from apthory.training.results import Evaluation, Fit, FrozenHead, Head, restored_heads
 
 
@@ -223,10 +224,7 @@ def _evaluate_model(model: AdaptedBackbone, task: Task) -> Evaluation:
         )
     correct = []
     for chunk in chunks_of(torch.arange(len(task.test))):
-        with torch.no_grad():
-            with backbones.autocast(model.backbone, "auto"):
-                features = model.features(backbones.normalize(model.backbone, task.test[chunk]))
-            correct.append(model.head(features.float()).argmax(1).cpu() == task.test.labels[chunk])
+        correct.append(logits(model, task.test[chunk]).argmax(1) == task.test.labels[chunk])
     return Evaluation.of(torch.cat(correct), task.test.labels, len(task.classes))
 
 

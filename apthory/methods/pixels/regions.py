@@ -85,6 +85,8 @@ class MaskGenerator(nn.Module):
                 row.copy_(bound * (2 * torch.rand(row.shape, generator=generator) - 1))
 
     def forward(self, seen: Float[Tensor, "num batch height width"]) -> Float[Tensor, "num batch 2 row column"]:
+        if torch.compiler.is_compiling():  # `torch.export` would take the number of chunks for a bound on the batch
+            return self._logits(seen)
         num_images = (
             len(seen[0]) if seen.is_cuda else max(1, _VALUES_AT_ONCE // (self.gather_bias.numel() * seen[0, 0].numel()))
         )
