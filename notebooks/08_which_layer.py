@@ -61,7 +61,7 @@ budget = 1 / 8  # of the exhaustive sweep's FLOPs
 MICRO = ("vit_micro", "resnet_micro")  # the score was found on these backbones
 FINDING = ("cifar10", "caltech101", "pacs", "sign_digits")  # and these tasks of the small suite
 # By the names that records and claims have for them.
-SCORES = {record_format.score(name): score for name, score in selection.SCORES.items()}
+SCORES = {record_format.spell_score(name): score for name, score in selection.SCORES.items()}
 
 trained, scored, searched = [], [], []
 for study in studies.values():

@@ -206,7 +206,7 @@ LATER = {  # commands that import what they call when they are called: their arg
         ["--backbone", "vit_micro", "--task", "digits", "--site", "blocks.2:input", "--output", "p.safetensors"],
         "apthory.backbones.load_sized",
     ),
-    "predict": (["--prompt", "p.safetensors", "--images", "."], "apthory.methods.files.load_backbone"),
+    "predict": (["--prompt", "p.safetensors", "--images", "."], "apthory.methods.files.backbone_of_file"),
     "pretrain": (["vit_micro", "--output", "run"], "apthory.pretraining.pretrain"),
     "ship": (["vit_micro.safetensors"], "apthory.pretraining.cards.ship"),
     "bench": ([], "apthory.benchmarks.prefix_cache.run_prefix_cache"),

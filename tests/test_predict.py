@@ -327,7 +327,7 @@ def test_a_method_is_made_by_its_name_and_its_fields():
     )
     assert registry.make("evp", {"diversity": ["flip"], "width": None}) == ap.EVP(diversity=("flip",))
     assert registry.make("linear_probe", {}) == ap.LinearProbe()
-    assert [registry.needed(registry.find(name)) for name in ("ap", "random_prompt", "vp")] == [
+    assert [registry.needed(registry.find_method(name)) for name in ("ap", "random_prompt", "vp")] == [
         ["site"],
         ["site", "norm"],
         [],

@@ -78,9 +78,9 @@ def test_recorded_spellings_are_read_for_ever(spelled, method):
 
 
 def test_a_renamed_score_is_recorded_under_its_first_name():
-    assert record_format.score("windows_times_gradient") == "found"
+    assert record_format.spell_score("windows_times_gradient") == "found"
     assert record_format.score_of("found") == "windows_times_gradient"
-    assert record_format.score("gain") == record_format.score_of("gain") == "gain"
+    assert record_format.spell_score("gain") == record_format.score_of("gain") == "gain"
 
 
 def test_an_unknown_method_is_named():

@@ -360,7 +360,9 @@ def test_the_old_name_of_a_score_works_with_a_warning():
         selection.find_site(model, task, score="found", recipe=RECIPE, budget=0.9, places=["blocks.2:input"])
     assert [warning.filename for warning in caught] == [__file__]
     assert record_format.score_of("found") == selection.DEFAULT
-    assert [record_format.score_of(record_format.score(name)) for name in selection.SCORES] == list(selection.SCORES)
+    assert [record_format.score_of(record_format.spell_score(name)) for name in selection.SCORES] == list(
+        selection.SCORES
+    )
 
 
 def test_ranking_leaves_the_backbone_as_it_was():

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from apthory.methods.base import Method
 
@@ -41,7 +41,7 @@ def make(name: str, options: Mapping[str, Any]) -> Method:
     """
     kind = find_method(name)
     kinds = get_type_hints(kind)
-    known = {field.name: kinds[field.name] for field in fields(kind)}
+    known = {field.name: kinds[field.name] for field in fields(cast(Any, kind))}
     if unknown := [option for option in options if option not in known]:
         raise ValueError(f"the method {name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
     if missing := [option for option in needed(kind) if option not in options]:
@@ -55,7 +55,7 @@ def make(name: str, options: Mapping[str, Any]) -> Method:
 
 def needed(method: type[Method]) -> list[str]:
     """The fields of a method that have no default."""
-    defaults = {field.name: (field.default, field.default_factory) for field in fields(method)}
+    defaults = {field.name: (field.default, field.default_factory) for field in fields(cast(Any, method))}
     return [name for name, pair in defaults.items() if pair == (MISSING, MISSING)]
 
 

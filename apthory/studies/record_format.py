@@ -119,7 +119,7 @@ _METHODS = {"frozen_head": "ap", "site_probe": "linear_probe", "full": "fine_tun
 _OPTIONS = {"rate": "lr_scale", "relative": "in_rms_units", "generator_rate": "generator_lr_scale"}
 
 
-def score(name: str) -> str:
+def spell_score(name: str) -> str:
     """The name by which records call a score of sites."""
     return _SCORES.get(name, name)
 

@@ -52,7 +52,7 @@ def predict(
         _check_pixels(model, images)
         chunks = torch.arange(len(images)).split(batch_size)
         pixels = (images[chunk] for chunk in progress(chunks, desc="images", unit="batch"))
-        return _table(list(range(len(images))), _answers(model, pixels, names), names)
+        return _table_of_answers(list(range(len(images))), _answers(model, pixels, names), names)
     files = _files(images)
     read: list[str] = []
     unreadable: list[tuple[str, str]] = []
@@ -70,7 +70,7 @@ def predict(
     faults += f" and {len(unreadable) - 5} more" if len(unreadable) > 5 else ""
     if not read:
         raise ValueError(f"none of {len(files)} images can be read: {faults}; replace them")
-    table = _table(read, answers, names)
+    table = _table_of_answers(read, answers, names)
     table.attrs["unreadable"] = unreadable
     if unreadable:
         warnings.warn(f"{len(unreadable)} of {len(files)} images cannot be read: {faults}", stacklevel=2)
@@ -98,7 +98,7 @@ def _answers(
     return answers
 
 
-def _table(files: Sequence[str | int], answers: Sequence[Tensor], classes: Sequence[str]) -> pd.DataFrame:
+def _table_of_answers(files: Sequence[str | int], answers: Sequence[Tensor], classes: Sequence[str]) -> pd.DataFrame:
     top = torch.cat(list(answers)).max(1)
     named = [classes[index] for index in top.indices.tolist()]
     table = pd.DataFrame({"file": files, "class": named, "probability": top.values.double().numpy()})
