@@ -140,7 +140,7 @@ def cite() -> None:
     """Print BibTeX for apthory and the papers that it studies."""
     from apthory.lab import citation
 
-    typer.echo("\n\n".join(citation.entries()))
+    typer.echo(citation.bibtex())
 
 
 @app.command()
@@ -180,7 +180,9 @@ def layers(
     size: Annotated[int, typer.Option(help="Side of the images in pixels; the backbone's own if left out.")] = 0,
     examples: Annotated[int, typer.Option(help="Images to score with, at most 1,000.")] = 400,
     second_order: Annotated[int, typer.Option(help="Images for the slow scores, at most 200; 0 skips them.")] = 0,
-    score: Annotated[str, typer.Option(help="Rank by coherence, windows, gain, newton, alignment or found.")] = "found",
+    score: Annotated[
+        str, typer.Option(help="Rank by coherence, windows, gain, newton, alignment or windows_times_gradient.")
+    ] = "windows_times_gradient",
     output: Annotated[str, typer.Option(help="Picture of the ranking; layers_<backbone>.png if left out.")] = "",
 ) -> None:
     """Rank the layers of a backbone on a task by one backward pass, and name the one to prompt."""
@@ -190,6 +192,7 @@ def layers(
     from apthory import backbones, selection, tasks
     from apthory.studies import site_search
 
+    score = selection.current_name(score)
     if score in selection.SECOND_ORDER and not second_order:
         raise typer.BadParameter(f"{score} wants images of its own, such as --second-order 40", param_hint="--score")
     model = backbones.load(backbone, weights=weights or None, input_size=size or None)
@@ -244,14 +247,13 @@ def fit(
 ) -> None:
     """Train a prompt, or another method, on your images; then test it once, on all test images."""
     name = _task_name(data, task)
-    from apthory import backbones, sites, tasks, training
+    from apthory import backbones, methods, sites, tasks, training
     from apthory._tools.files import check_output
-    from apthory.methods import registry
 
     check_output(output, ".safetensors", overwrite=force)
     options = dict(_parse_parameter(text, "--option") for text in option or []) | ({"site": site} if site else {})
-    needed = registry.required_fields(registry.find_method(method))
-    chosen = None if "site" in needed and "site" not in options else registry.make_method(method, options)
+    lacks_site = "site" in methods.registry.needed(methods.registry.find_method(method)) and "site" not in options
+    chosen = None if lacks_site else methods.registry.make(method, options)
     recipe = training.Recipe(
         num_epochs=epochs,
         batch_size=batch_size,
@@ -308,7 +310,7 @@ def predict(
 
     if output is not None:
         check_output(output, ".csv")
-    own = files.find_backbone(prompt, name=backbone or None, weights=weights or None, size=size or None)
+    own = files.backbone_of_file(prompt, name=backbone or None, weights=weights or None, size=size or None)
     with _plain_warnings(is_silent=True):  # what cannot be read is said below
         table = training.predict(files.load_prompt(prompt, own), images, batch_size=batch_size)
     content = table.to_csv(index=False, float_format="%.6f").encode("utf-8", "surrogateescape")

@@ -169,7 +169,7 @@ def test_check_of_a_picture_that_is_none_of_ours_fails(project):
         (["tasks", "nothing", "--data", "nowhere"], "no task 'nothing': the data folder 'nowhere' does not"),
         (["tasks", "digits", "--size", "4"], "images of 4 px; expected at least 8"),
         (["tasks", "folder:nowhere"], "no folder 'nowhere'; expected PATH/train/<class>/*.png"),
-        (["cite"], "there is no {root}/CITATION.cff; call this from the repository or set APTHORY_ROOT"),
+        (["cite"], "there is no {root}/CITATION.bib; call this from the repository or set APTHORY_ROOT"),
     ],
 )  # fmt: skip
 def test_a_users_error_is_one_line(project, arguments, message):
@@ -206,7 +206,7 @@ LATER = {  # commands that import what they call when they are called: their arg
         ["--backbone", "vit_micro", "--task", "digits", "--site", "blocks.2:input", "--output", "p.safetensors"],
         "apthory.backbones.load_sized",
     ),
-    "predict": (["--prompt", "p.safetensors", "--images", "."], "apthory.methods.files.find_backbone"),
+    "predict": (["--prompt", "p.safetensors", "--images", "."], "apthory.methods.files.backbone_of_file"),
     "pretrain": (["vit_micro", "--output", "run"], "apthory.pretraining.pretrain"),
     "ship": (["vit_micro.safetensors"], "apthory.pretraining.cards.ship"),
     "bench": ([], "apthory.benchmarks.prefix_cache.run_prefix_cache"),

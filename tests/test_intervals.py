@@ -144,6 +144,18 @@ def test_ratio_is_that_of_the_medians_and_its_interval_holds_it():
     assert estimate.low < estimate.value < estimate.high
 
 
+@pytest.mark.parametrize(("num_above", "num_below"), [(1, 1), (0, 0), (3, 4)])
+def test_a_ratio_needs_timings_in_turns(num_above: int, num_below: int):
+    with pytest.raises(ValueError, match=rf"two at least, not {num_above} and {num_below}"):
+        intervals.ratio([1.0] * num_above, [1.0] * num_below)
+
+
+@pytest.mark.parametrize("value", [0.0, 4.0, 0.1])
+def test_equal_values_have_an_interval_of_width_zero(value: float):
+    estimate = intervals.over_tasks([value] * 3)
+    assert (estimate.low, estimate.value, estimate.high) == pytest.approx((value, value, value))
+
+
 def test_interval_over_tasks_is_student_s():
     values = [1.0, 2.0, 4.0, 5.0]
     estimate = intervals.over_tasks(values)
@@ -173,8 +185,9 @@ def test_spearman_of_many_draws_is_scipy_s_of_each_with_the_same_bits(num_sites:
     random = np.random.default_rng(0)
     depth = np.round(random.random(num_sites), 1)  # some sites are as deep as others
     accuracy = random.integers(num_sites, size=(300, num_sites)) / 7
-    found = intervals.spearman(depth, accuracy)
-    for row, value in zip(accuracy, found, strict=True):
+    accuracy[7] = 3.0
+    correlations = intervals.spearman(depth, accuracy)
+    for row, value in zip(accuracy, correlations, strict=True):
         expected = 0.0 if np.ptp(row) == 0 else stats.spearmanr(depth, row).statistic
         assert value == expected
         assert intervals.spearman(depth, row) == value

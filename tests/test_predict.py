@@ -85,7 +85,7 @@ def test_the_probability_is_the_softmax_of_the_logits(model: methods.AdaptedBack
 
 
 def test_a_folder_gives_what_the_task_of_the_same_folder_gives(model: methods.AdaptedBackbone, folder: Path):
-    images = tasks.load_task(f"folder:{folder}", 32).test
+    images = tasks.load(f"folder:{folder}", 32).test
     expected = ap.predict(model, images)
     table = ap.predict(model, folder / "test")
     assert table["file"].tolist() == sorted(map(str, (folder / "test").rglob("*.png")))
@@ -189,7 +189,7 @@ def test_a_model_that_knows_no_classes_is_an_error(model: methods.AdaptedBackbon
 
 
 def test_names_of_classes_can_be_given_for_files_that_have_none(task: tasks.Task):
-    old = ap.load_prompt(OLD / "full.safetensors", backbones.load_backbone("resnet_micro", device="cpu"))
+    old = ap.load_prompt(OLD / "full.safetensors", backbones.load("resnet_micro", device="cpu"))
     pixels = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with pytest.raises(
         ValueError, match=r"does not know the names of its classes.*predict\(..., classes=task.classes\)"
@@ -223,7 +223,7 @@ def rewritten(path: Path, **changes: Any) -> Path:
 
 
 def test_a_backbone_remembers_how_it_was_loaded():
-    load, arguments = backbones.load_backbone, backbones.load_arguments
+    load, arguments = backbones.load, backbones.load_arguments
     assert arguments(load("resnet_micro", device="cpu")) == {"name": "resnet_micro"}
     assert arguments(load("vit_micro.random", device="cpu")) == {"name": "vit_micro.random"}
     assert arguments(load("resnet_micro", pretrained=False, input_size=96, std=(0.2, 0.2, 0.2), device="cpu")) == {
@@ -276,7 +276,7 @@ def test_a_file_finds_its_backbone(saved: Path):
         {"name": "resnet_micro", "weights": weights},
         {"name": "resnet_micro"},
     ):
-        own = files.find_backbone(saved, device="cpu", **given)
+        own = files.backbone_of_file(saved, device="cpu", **given)
         assert backbones.digest(own) == backbones.digest(found.backbone)
 
 
@@ -287,7 +287,7 @@ def test_a_file_that_does_not_say_its_backbone_asks_for_it(saved: Path):
     for path in (rewritten(saved, load_arguments=None), OLD / "full.safetensors"):
         with pytest.raises(ValueError, match=message):
             ap.load_prompt(path)
-        assert files.load_prompt(path, files.find_backbone(path, name="resnet_micro")).head is not None
+        assert files.load_prompt(path, files.backbone_of_file(path, name="resnet_micro")).head is not None
 
 
 @pytest.mark.parametrize(
@@ -322,12 +322,12 @@ class _Plain(methods.Method):
 
 
 def test_a_method_is_made_by_its_name_and_its_fields():
-    assert registry.make_method("ap", {"site": SITE, "shape": "channel", "lr_scale": 3}) == ap.ActivationPrompting(
+    assert registry.make("ap", {"site": SITE, "shape": "channel", "lr_scale": 3}) == ap.ActivationPrompting(
         site=SITE, shape="channel", lr_scale=3
     )
-    assert registry.make_method("evp", {"diversity": ["flip"], "width": None}) == ap.EVP(diversity=("flip",))
-    assert registry.make_method("linear_probe", {}) == ap.LinearProbe()
-    assert [registry.required_fields(registry.find_method(name)) for name in ("ap", "random_prompt", "vp")] == [
+    assert registry.make("evp", {"diversity": ["flip"], "width": None}) == ap.EVP(diversity=("flip",))
+    assert registry.make("linear_probe", {}) == ap.LinearProbe()
+    assert [registry.needed(registry.find_method(name)) for name in ("ap", "random_prompt", "vp")] == [
         ["site"],
         ["site", "norm"],
         [],
@@ -353,7 +353,7 @@ def test_a_method_is_made_by_its_name_and_its_fields():
 def test_a_method_refuses_what_it_does_not_know(name: str, options: dict, message: str, monkeypatch):
     monkeypatch.setitem(registry.METHODS, "plain", _Plain)
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is compared as it stands
-        registry.make_method(name, options)
+        registry.make(name, options)
     assert message in str(error.value)
 
 
@@ -410,7 +410,7 @@ FIT = ("fit", "--backbone", "resnet_micro", "--site", SITE, "--epochs", 2)
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Class folders of real textures, twelve images each, under names that CSV has to quote."""
-    task = tasks.load_task("textures", 64)
+    task = tasks.load("textures", 64)
     images = tasks.Images(task.train[:72], task.train.labels[:72] % 3)
     return write_images(tmp_path_factory.mktemp("photographs") / "photos", images)
 
@@ -431,7 +431,7 @@ def test_fit_trains_tests_once_and_says_how_to_go_on(trained: tuple[Path, Result
     assert lines[2].startswith("validation accuracy ")
     assert lines[2].endswith(" of 2 at learning rate 0.01")
     assert lines[3] == f"saved in {path} ({path.stat().st_size / 1000:,.0f} kB: all but the backbone)"
-    evaluation = ap.evaluate(ap.load_prompt(path), tasks.load_task(f"folder:{photographs}", 64))
+    evaluation = ap.evaluate(ap.load_prompt(path), tasks.load(f"folder:{photographs}", 64))
     overall, balanced = f"{evaluation.accuracy:.1f} %", f"{evaluation.balanced_accuracy:.1f} %"
     assert lines[4] == f"test accuracy {overall} on 15 images, {balanced} where each class counts alike"
     assert lines[5] == "recall by class, lowest first:"
@@ -504,7 +504,7 @@ def test_a_mistake_of_predict_is_one_line(
 def no_training(monkeypatch: pytest.MonkeyPatch) -> list:
     """Calls of what takes long: decoding a task, and training."""
     calls: list = []
-    monkeypatch.setattr(tasks, "load_task", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(tasks, "load", lambda *arguments: calls.append(arguments))
     monkeypatch.setattr(training, "tune", lambda *arguments, **options: calls.append(arguments))
     return calls
 

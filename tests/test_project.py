@@ -253,6 +253,24 @@ def test_version_is_said_once_and_the_same_everywhere():
     assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_both_citation_files_cite_the_same_works():
+    def author(person):
+        return f"{{{person['name']}}}" if "name" in person else f"{person['family-names']}, {person['given-names']}"
+
+    software = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    works = [software, *software["references"]]
+    entries = re.split(r"\n(?=@)", (ROOT / "CITATION.bib").read_text())
+    for work, entry in zip(works, entries, strict=True):
+        fields = dict(re.findall(r"^  (\w+) += \{(.*)\},?$", entry, flags=re.MULTILINE))
+        assert fields["title"] == f"{{{work['title']}}}"
+        assert fields["author"].split(" and ") == [author(person) for person in work["authors"]]
+        for name in ("year", "version", "doi"):
+            assert fields.get(name) == (str(work[name]) if name in work else None), (work["title"], name)
+        identifiers = [f"{fields['archiveprefix']}:{fields['eprint']}"] if "eprint" in fields else []
+        assert identifiers == [identifier["value"] for identifier in work.get("identifiers", [])]
+        assert fields.get("note") == work.get("notes")
+
+
 # ------------------------------------------------------------------------------------- what a reader meets
 
 

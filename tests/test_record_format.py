@@ -77,6 +77,12 @@ def test_recorded_spellings_are_read_for_ever(spelled, method):
     assert record_format.method_of(spelled) == method
 
 
+def test_a_renamed_score_is_recorded_under_its_first_name():
+    assert record_format.spell_score("windows_times_gradient") == "found"
+    assert record_format.score_of("found") == "windows_times_gradient"
+    assert record_format.spell_score("gain") == record_format.score_of("gain") == "gain"
+
+
 def test_an_unknown_method_is_named():
     with pytest.raises(ValueError, match=r"no method 'prompt'; expected ap, norm, .*vp, .*full"):
         record_format.method_of({"name": "prompt"})

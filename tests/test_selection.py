@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.optimize
 import tiny
 import torch
 from PIL import Image
@@ -20,7 +21,7 @@ from apthory import backbones, costs, methods, selection, sites, tasks, training
 from apthory.__main__ import app
 from apthory.lab import records
 from apthory.selection import scores, search
-from apthory.studies import site_search
+from apthory.studies import record_format, site_search
 from apthory.theory import tangent
 
 RECIPE = training.Recipe(num_epochs=9, batch_size=16, num_train=30, num_validation=12, num_test=12, precision="float32")
@@ -244,9 +245,10 @@ def test_activations_that_are_not_finite_are_refused():
         selection.rank_sites(model, tiny.task(), ["layer3.0:input"], num_examples=24, num_validation=12)
 
 
-def test_the_head_is_a_converged_linear_probe_that_decays_its_weights_alone():
-    x, labels = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 4
-    head, _ = scores._solve_head(x, labels, 4, 1e-2)
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_the_head_is_a_converged_linear_probe_that_decays_its_weights_alone(num_classes: int):
+    x, labels = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), torch.arange(40) % num_classes
+    head, _ = scores._solve_head(x, labels, num_classes, 1e-2)
     unit = float(x.square().mean().sqrt())
     weight = (head.weight * unit).double().requires_grad_()
     bias = head.bias.double().requires_grad_()
@@ -254,7 +256,36 @@ def test_the_head_is_a_converged_linear_probe_that_decays_its_weights_alone():
     (functional.cross_entropy(logits, labels) + 1e-2 / 2 * weight.square().sum()).backward()
     assert float(weight.grad.abs().max()) < 1e-5
     assert float(bias.grad.abs().max()) < 1e-5  # hence the mean residual is zero, class by class
-    assert float((logits.detach().softmax(1).mean(0) - 0.25).abs().max()) < 1e-5
+    assert float((logits.detach().softmax(1).mean(0) - 1 / num_classes).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("num_met", [1, 2, 3])
+def test_a_class_without_images_changes_nothing_and_is_impossible(num_met: int):
+    x = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([4, 1, 2])[torch.arange(30) % num_met]
+    met = labels.unique()
+    head, _ = scores._solve_head(x, labels, 6, 1e-2)
+    alone, _ = scores._solve_head(x, torch.searchsorted(met, labels), num_met, 1e-2)
+    assert torch.equal(head.weight[:, met], alone.weight)
+    assert torch.equal(head.bias[met], alone.bias)
+    probabilities = head(1e3 * x).softmax(1)  # for any image
+    assert float(probabilities[:, [label for label in range(6) if label not in met]].max()) < 1e-6
+
+
+@pytest.mark.parametrize(("num_images", "num_classes"), [(40, 2), (60, 3), (60, 40)])
+def test_a_head_costs_at_least_what_its_solver_evaluates(monkeypatch, num_images: int, num_classes: int):
+    evaluations, minimize = [], scipy.optimize.minimize
+
+    def counted(*arguments, **options):
+        result = minimize(*arguments, **options)
+        evaluations.append(result.nfev)
+        return result
+
+    monkeypatch.setattr(scipy.optimize, "minimize", counted)
+    x = torch.randn(num_images, 8, generator=torch.Generator().manual_seed(0))
+    _, flops = scores._solve_head(x, torch.arange(num_images) % num_classes, num_classes, 1e-2)
+    product = 2 * num_images * 9 * (1 if num_classes == 2 else num_classes)
+    assert evaluations[0] <= flops / (2 * product) <= 1.2 * evaluations[0]
 
 
 def test_folds_choose_the_decay_that_suits_unseen_images_of_classes_that_both_have():
@@ -306,7 +337,7 @@ def test_after_the_last_pooling_no_alignment_is_left_for_a_prompt():
     ("options", "message"),
     [
         ({"score": "luck"}, "cannot rank by 'luck'; there are coherence, windows, gain"),
-        ({"score": "newton"}, "newton and alignment want num_second_order above 0"),
+        ({"score": "newton"}, "with num_second_order 0; newton and alignment need 4 to 200 images"),
         ({"num_examples": 1001}, "num_examples is 1001"),
         ({"num_second_order": 201}, "num_second_order 201; give 8 to 1000 images, and 0 or 4 to 200"),
         ({"places": ["blocks.9:input"]}, "no module 'blocks.9'"),
@@ -315,6 +346,23 @@ def test_after_the_last_pooling_no_alignment_is_left_for_a_prompt():
 def test_what_cannot_be_ranked_is_said(options, message):
     with pytest.raises(ValueError, match=message):
         selection.rank_sites(tiny.backbone("vit"), tiny.task(), **options)
+
+
+def test_the_old_name_of_a_score_works_with_a_warning():
+    model, task, options = tiny.backbone("vit"), tiny.task(), {"num_examples": 16, "num_validation": 12}
+    expected = selection.rank_sites(model, task, score="windows_times_gradient", **options)
+    message = "the score 'found' is 'windows_times_gradient' now; the old name goes with version 0.2"
+    with pytest.warns(DeprecationWarning, match=message) as caught:
+        table = selection.rank_sites(model, task, score="found", **options)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert table.equals(expected)
+    with pytest.warns(DeprecationWarning, match=message) as caught:
+        selection.find_site(model, task, score="found", recipe=RECIPE, budget=0.9, places=["blocks.2:input"])
+    assert [warning.filename for warning in caught] == [__file__]
+    assert record_format.score_of("found") == selection.DEFAULT
+    assert [record_format.score_of(record_format.spell_score(name)) for name in selection.SCORES] == list(
+        selection.SCORES
+    )
 
 
 def test_ranking_leaves_the_backbone_as_it_was():
@@ -466,7 +514,7 @@ def test_sites_enter_with_the_middle_rate_in_the_order_of_their_scores():
 def test_what_the_budget_has_left_goes_to_sites_that_it_can_still_pay_for(monkeypatch):
     """Scores that put the input first: an early site takes most of a small budget, late ones what remains."""
     model, task = tiny.backbone("vit"), tiny.task()
-    monkeypatch.setitem(selection.SCORES, "found", lambda table: -table["depth"])
+    monkeypatch.setitem(selection.SCORES, selection.DEFAULT, lambda table: -table["depth"])
     found = selection.find_site(model, task, recipe=RECIPE, budget=0.3, learning_rates=RATES)
     assert found.scores["site"][0] == "blocks.0:input"
     short = found.trials[found.trials["epochs"] == 3]

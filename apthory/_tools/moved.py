@@ -184,7 +184,7 @@ class _Finder(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         assert isinstance(module, _OldModule)
-        warn(module.__name__, module.places[0])
+        warn_of_old_name(module.__name__, module.places[0])
 
 
 def _with_old_names(spec: ModuleSpec) -> ModuleType:
@@ -204,7 +204,7 @@ def renamed(module: str, name: str) -> Any:
         return import_module(f"{module}.{name}")
     if (place := RENAMED.get(f"{module}.{name}")) is None:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    warn(f"{module}.{name}", f"apthory.{place[0]}.{place[1]}")
+    warn_of_old_name(f"{module}.{name}", f"apthory.{place[0]}.{place[1]}")
     return getattr(import_module(f"apthory.{place[0]}"), place[1])
 
 
@@ -222,7 +222,9 @@ def accepts_old_fields(method: type) -> type:
         head = given.pop("head", None)
         construct(self, *args, **given)
         if head is not None:
-            warn(f"head={head!r} of {method.__name__}", "an argument of fit, such as head=FrozenHead(fits),")
+            warn_of_old_name(
+                f"head={head!r} of {method.__name__}", "an argument of fit, such as head=FrozenHead(fits),"
+            )
             object.__setattr__(self, "wants_frozen_head", head == "frozen")
 
     method.__init__ = with_old_fields  # type: ignore[misc]
@@ -237,7 +239,7 @@ def renamed_field(owner: type, name: str) -> str:
     """
     if FIELDS.get(name) not in getattr(owner, "__dataclass_fields__", {}):
         raise AttributeError(f"{owner.__name__!r} has no attribute {name!r}")
-    warn(f"{name} of {owner.__name__}", FIELDS[name])
+    warn_of_old_name(f"{name} of {owner.__name__}", FIELDS[name])
     return FIELDS[name]
 
 
@@ -247,7 +249,7 @@ def install() -> None:
         sys.meta_path.insert(0, _Finder())
 
 
-def warn(old: str, new: str) -> None:
+def warn_of_old_name(old: str, new: str) -> None:
     """Warn whoever wrote the old name: past the frames of the import machinery and of this package."""
     frame = sys._getframe()
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _MACHINERY:

@@ -31,7 +31,7 @@ load = load_backbone
 
 __all__ = [
     "load", "load_backbone", "load_sized", "load_again", "load_arguments", "classifier", "create", "start",
-    "checkpoints", "card", "SHIPPED",
-    "shipped_folder", "weight_file", "freeze", "digest", "architecture", "default_device", "autocast",
-    "is_channels_last", "carried_classifier", "whole", "input_size", "mean_std", "normalize",
+    "checkpoints", "card", "SHIPPED", "shipped_folder", "weight_file", "freeze", "digest", "architecture",
+    "default_device", "autocast", "is_channels_last", "carried_classifier", "whole",
+    "input_size", "mean_std", "normalize",
 ]  # fmt: skip

@@ -96,7 +96,7 @@ def load_prompt(path: str | Path, backbone: nn.Module | None = None) -> AdaptedB
 
     Args:
         path: Of the file.
-        backbone: That backbone; `find_backbone` makes it if it is left out.
+        backbone: That backbone; `backbone_of_file` makes it if it is left out.
 
     Raises:
         ValueError: If the file is not of this kind, is damaged, or belongs to another backbone, site or image size.
@@ -104,7 +104,7 @@ def load_prompt(path: str | Path, backbone: nn.Module | None = None) -> AdaptedB
     """
     config, tensors = _read(path)
     if backbone is None:
-        backbone = find_backbone(path)
+        backbone = backbone_of_file(path)
     own = backbones.architecture(backbone)
     if config["backbone"] != own:
         raise ValueError(f"{path} was trained for the backbone {config['backbone']!r}, not {own!r}; load that one")
@@ -125,7 +125,7 @@ def load_prompt(path: str | Path, backbone: nn.Module | None = None) -> AdaptedB
     return model
 
 
-def find_backbone(
+def backbone_of_file(
     path: str | Path,
     *,
     name: str | None = None,

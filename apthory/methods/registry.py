@@ -32,7 +32,7 @@ def find_method(name: str) -> type[Method]:
     return METHODS[name]
 
 
-def make_method(name: str, options: Mapping[str, Any]) -> Method:
+def make(name: str, options: Mapping[str, Any]) -> Method:
     """A method by its name and its fields, which are checked: for what comes from outside, such as a command line.
 
     Raises:
@@ -44,7 +44,7 @@ def make_method(name: str, options: Mapping[str, Any]) -> Method:
     known = {field.name: kinds[field.name] for field in fields(cast(Any, kind))}
     if unknown := [option for option in options if option not in known]:
         raise ValueError(f"the method {name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
-    if missing := [option for option in required_fields(kind) if option not in options]:
+    if missing := [option for option in needed(kind) if option not in options]:
         raise ValueError(f"the method {name!r} needs the option {missing[0]!r}: {_words(known[missing[0]])}")
     given = {option: tuple(value) if isinstance(value, list) else value for option, value in options.items()}
     for option, value in given.items():
@@ -53,7 +53,7 @@ def make_method(name: str, options: Mapping[str, Any]) -> Method:
     return kind(**given)
 
 
-def required_fields(method: type[Method]) -> list[str]:
+def needed(method: type[Method]) -> list[str]:
     """The fields of a method that have no default."""
     defaults = {field.name: (field.default, field.default_factory) for field in fields(cast(Any, method))}
     return [name for name, pair in defaults.items() if pair == (MISSING, MISSING)]

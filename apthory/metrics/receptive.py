@@ -283,7 +283,7 @@ class GradientSpread:
     @property
     def reach(self) -> float:
         """The old name of `spread`."""
-        moved.warn("GradientSpread.reach", "GradientSpread.spread")
+        moved.warn_of_old_name("GradientSpread.reach", "GradientSpread.spread")
         return self.spread
 
 

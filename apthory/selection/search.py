@@ -1,4 +1,4 @@
-"""Which layer to prompt: a search on a budget, which starts from the scores of `ranking`.
+"""Which layer to prompt: a search on a budget, which starts from `rank_sites`.
 
 `find_site` spends a budget of FLOPs by successive halving over sites and learning rates; epochs are the resource,
 prefixes are cached, and validation images alone decide.

@@ -35,6 +35,7 @@ _RECORDED_DIGESTS = {
         "e88dde13ad5611572a3327e71f66380fa7c0d753cdae386527c002bf79dd452b"
     ),
 }
+_SCORES = {"windows_times_gradient": "found"}  # scores of sites that records name by an older name
 
 
 def spell_cell(
@@ -116,6 +117,16 @@ def backbone_of(spelled: Mapping[str, Any]) -> nn.Module:
 # Methods whose name in records differs from their name in `methods.METHODS`, and fields that have another name now.
 _METHODS = {"frozen_head": "ap", "site_probe": "linear_probe", "full": "fine_tuning"}
 _OPTIONS = {"rate": "lr_scale", "relative": "in_rms_units", "generator_rate": "generator_lr_scale"}
+
+
+def spell_score(name: str) -> str:
+    """The name by which records call a score of sites."""
+    return _SCORES.get(name, name)
+
+
+def score_of(spelled: str) -> str:
+    """The score behind a recorded name."""
+    return {old: name for name, old in _SCORES.items()}.get(spelled, spelled)
 
 
 def method_of(spelled: Mapping[str, Any]) -> methods.Method:

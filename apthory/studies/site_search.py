@@ -18,11 +18,11 @@ UNITS = {  # units of the scores; a larger score is better
     "gain": "first-order gain (nats, at the norm of the activation)",
     "newton": "second-order gain (nats), after three steps of conjugate gradients",
     "alignment": "alignment of the tangent kernel with the labels",
-    "found": "windows times gradient of single images",
+    "windows_times_gradient": "windows times gradient of single images",
 }
 
 
-@records.versioned(3, name="apthory.layers.score")
+@records.versioned(4, name="apthory.layers.score")
 def score(
     backbone: Mapping[str, Any],
     task: str,
@@ -69,7 +69,7 @@ def search(
         budget=budget,
         learning_rates=learning_rates,
         places=places,
-        score=score,
+        score=record_format.score_of(score),
         seed=seed,
     )
     evaluation = training.evaluate(result.fit, data)
@@ -87,6 +87,7 @@ def search(
 
 def draw_ranking(table: pd.DataFrame, score: str, title: str, path: Path) -> None:
     """The score by site, in the order of the backbone, as a picture of any format that matplotlib knows."""
+    score = selection.current_name(score)
     ordered = table.assign(score=selection.SCORES[score](table)).sort_values("depth", kind="stable")
     is_best = ordered["site"] == table["site"][0]
     with figures.theme(width=0.7, rows=2):

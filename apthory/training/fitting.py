@@ -21,7 +21,7 @@ from apthory.tasks import Task
 from apthory.training.bundle import NUM_CALIBRATION, Bundle
 from apthory.training.cache import PrefixCache, chunks_of, run_prefix
 from apthory.training.config import Configuration, Recipe
-from apthory.training.prediction import logits_of
+from apthory.training.prediction import logits
 from apthory.training.results import Evaluation, Fit, FrozenHead, Head, restored_heads
 
 
@@ -92,7 +92,7 @@ def fit(
     if not isinstance(method, Method):
         raise ValueError(f"method is {method!r}; expected a method such as ActivationPrompting(site=...) or VP()")
     if heads is not None:
-        moved.warn("the argument heads of fit", "head=FrozenHead(fits)")
+        moved.warn_of_old_name("the argument heads of fit", "head=FrozenHead(fits)")
         _refuse_other_kind(head, heads)
         head = FrozenHead(heads)
     if head is not None and not isinstance(head, HeadSpec | FrozenHead):
@@ -175,7 +175,7 @@ def evaluate(fits: Any, task: Any) -> Evaluation | list[Evaluation]:
         ValueError: If the fits are not of one bundle, or were trained on another task's images or classes.
     """
     if isinstance(fits, Task):  # up to version 0.1 the task came first
-        moved.warn("evaluate(task, fits)", "evaluate(fits, task)")
+        moved.warn_of_old_name("evaluate(task, fits)", "evaluate(fits, task)")
         fits, task = task, fits
     if isinstance(fits, AdaptedBackbone):
         return _evaluate_model(fits, task)
@@ -224,7 +224,7 @@ def _evaluate_model(model: AdaptedBackbone, task: Task) -> Evaluation:
         )
     correct = []
     for chunk in chunks_of(torch.arange(len(task.test))):
-        correct.append(logits_of(model, task.test[chunk]).argmax(1) == task.test.labels[chunk])
+        correct.append(logits(model, task.test[chunk]).argmax(1) == task.test.labels[chunk])
     return Evaluation.of(torch.cat(correct), task.test.labels, len(task.classes))
 
 
@@ -261,7 +261,7 @@ def tune(
     if not len(learning_rates) or not len(seeds):
         raise ValueError(f"learning_rates is {learning_rates!r} and seeds {seeds!r}; expected one or more of each")
     if heads is not None:
-        moved.warn("the argument heads of tune", "head=FrozenHead(fits)")
+        moved.warn_of_old_name("the argument heads of tune", "head=FrozenHead(fits)")
         _refuse_other_kind(head, heads)
         head = FrozenHead(heads)
     if isinstance(head, FrozenHead) and len(head.fits) != len(seeds):

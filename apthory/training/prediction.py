@@ -52,7 +52,7 @@ def predict(
         _check_pixels(model, images)
         chunks = torch.arange(len(images)).split(batch_size)
         pixels = (images[chunk] for chunk in progress(chunks, desc="images", unit="batch"))
-        return _prediction_table(list(range(len(images))), _answers(model, pixels, names), names)
+        return _table_of_answers(list(range(len(images))), _answers(model, pixels, names), names)
     files = _files(images)
     read: list[str] = []
     unreadable: list[tuple[str, str]] = []
@@ -70,7 +70,7 @@ def predict(
     faults += f" and {len(unreadable) - 5} more" if len(unreadable) > 5 else ""
     if not read:
         raise ValueError(f"none of {len(files)} images can be read: {faults}; replace them")
-    table = _prediction_table(read, answers, names)
+    table = _table_of_answers(read, answers, names)
     table.attrs["unreadable"] = unreadable
     if unreadable:
         warnings.warn(f"{len(unreadable)} of {len(files)} images cannot be read: {faults}", stacklevel=2)
@@ -78,13 +78,11 @@ def predict(
 
 
 @torch.no_grad()
-def logits_of(
-    model: AdaptedBackbone, pixels: UInt8[Tensor, "batch channel height width"]
-) -> Float[Tensor, "batch class"]:
+def logits(model: AdaptedBackbone, pixels: UInt8[Tensor, "batch channel height width"]) -> Float[Tensor, "batch class"]:
     """Logits of a few images: the backbone in mixed precision where there is hardware for it, the head in float32."""
     with backbones.autocast(model.backbone, "auto"):
         features = model.features(backbones.normalize(model.backbone, pixels))
-    assert model.head is not None
+    assert model.head is not None, "callers make sure that there is a head"
     return model.head(features.float()).cpu()
 
 
@@ -94,13 +92,13 @@ def _answers(
     """Probabilities of the classes, one table for each batch."""
     answers = []
     for pixels in batches:
-        answers.append(logits_of(model, pixels).softmax(1))
+        answers.append(logits(model, pixels).softmax(1))
         if (width := answers[0].shape[1]) != len(classes):
             raise ValueError(f"the model has {width} classes, and classes= names {len(classes)}; name each of them")
     return answers
 
 
-def _prediction_table(files: Sequence[str | int], answers: Sequence[Tensor], classes: Sequence[str]) -> pd.DataFrame:
+def _table_of_answers(files: Sequence[str | int], answers: Sequence[Tensor], classes: Sequence[str]) -> pd.DataFrame:
     top = torch.cat(list(answers)).max(1)
     named = [classes[index] for index in top.indices.tolist()]
     table = pd.DataFrame({"file": files, "class": named, "probability": top.values.double().numpy()})

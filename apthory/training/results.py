@@ -69,7 +69,7 @@ class Fit:
         # Up to version 0.1 one fit was a list of one.
         if index != 0:
             raise IndexError("this is one fit, not a list of fits")
-        moved.warn("taking one fit out of a list", "the fit itself: fit() returns a list only for a list")
+        moved.warn_of_old_name("taking one fit out of a list", "the fit itself: fit() returns a list only for a list")
         return self
 
 
