@@ -18,8 +18,8 @@ from apthory.backbones.files import shipped_folder, weight_file
 from apthory.backbones.frozen import as_dict, default_device, freeze
 
 SHIPPED = ("vit_micro", "resnet_micro")
-# The arguments of `load` that a backbone remembers and a file may carry. By none of them can a file from elsewhere run
-# code, as it could by arguments of timm that name checkpoints.
+# The arguments of `load_backbone` that a backbone remembers and a file may carry. By none of them can a file from
+# elsewhere run code, as it could by arguments of timm that name checkpoints.
 _REMEMBERED = (
     "pretrained", "weights", "num_classes", "input_size", "mean", "std",
     "img_size", "patch_size", "pad_type", "global_pool",
@@ -148,7 +148,7 @@ def load_backbone(
 def load_sized(
     name: str, size: int | None, *, weights: str | Path | None = None, device: str | torch.device = "auto"
 ) -> nn.Module:
-    """`load` for images of a size in pixels, by that argument which the architecture takes; None for its own size."""
+    """`load_backbone` for images of a size in pixels, by that argument which the architecture takes; None: its own."""
     if not size:
         return load_backbone(name, weights=weights, device=device)
     if getattr(getattr(create(name), "patch_embed", None), "img_size", None):
@@ -160,9 +160,10 @@ def load_sized(
 
 
 def load_arguments(model: nn.Module) -> dict[str, Any]:
-    """The arguments by which `load` makes a backbone again, fit for JSON; empty if it was not made so.
+    """The arguments by which `load_backbone` makes a backbone again, fit for JSON; empty if it was not made so.
 
-    The device is not among them, and neither are values that `load` has by itself. Files are named as they were given.
+    The device is not among them, and neither are values that `load_backbone` has by itself. Files are named as they
+    were given.
     """
     return dict(getattr(model, "load_arguments", {}))
 
@@ -171,8 +172,8 @@ def load_again(arguments: Mapping[str, Any], device: str | torch.device = "auto"
     """The backbone whose `load_arguments` these are.
 
     Raises:
-        ValueError: If there are arguments among them that no backbone remembers, and what `load` raises.
-        OSError: As `load`.
+        ValueError: If there are arguments among them that no backbone remembers, and what `load_backbone` raises.
+        OSError: As `load_backbone`.
     """
     name, unknown = arguments.get("name"), arguments.keys() - {"name", *_REMEMBERED}
     if not isinstance(name, str) or unknown:
@@ -186,7 +187,7 @@ def load_again(arguments: Mapping[str, Any], device: str | torch.device = "auto"
 
 
 def _as_json(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `load` that differ from its defaults; none at all if JSON has no place for one of them."""
+    """Arguments of `load_backbone` that differ from its defaults; none at all if JSON has no place for one of them."""
     defaults = {"pretrained": True, "num_classes": 0}
     chosen = {key: value for key, value in given.items() if value is not None and value is not defaults.get(key)}
     if isinstance(chosen.get("weights"), Path):
