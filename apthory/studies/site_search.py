@@ -48,7 +48,7 @@ def score(
     return {"sites": ordered.to_dict("records"), "cost": table.attrs["cost"]}
 
 
-@records.versioned(2, name="apthory.layers.search")
+@records.versioned(3, name="apthory.layers.search")
 def search(
     backbone: Mapping[str, Any],
     task: str,
