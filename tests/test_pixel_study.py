@@ -243,7 +243,7 @@ def test_a_domain_is_trained_on_alone_and_another_tested(spec: dict, monkeypatch
     assert shift["domain"] == "dark"
     model = backbones.load(**spec)
     (fit,) = training.tune(model, whole, methods.LinearProbe(), recipe=RECIPE, learning_rates=[2e-2], seeds=[0])
-    (plain,) = training.evaluate(load("", 32, "dark"), [fit])
+    plain = training.evaluate(fit, load("", 32, "dark"))
     assert shift["accuracy"] == [plain.accuracy]
 
 

@@ -83,7 +83,8 @@ class ActivationPrompting(Method):
 
     def edits(self, backbone: nn.Module) -> dict[str, Edit]:
         site = self.site if ":" in self.site else f"{self.site}:output"
-        unit, own = sites.site_shape(backbone, site), prompt_shape(backbone, site, self.shape)
+        unit = sites.site_shape(backbone, site)
+        own = unit if self.shape == "full" else prompt_shape(backbone, site, self.shape)
         return {site: ShiftOfPrompt(site, self.shape, own, unit, self.in_rms_units, self.lr_scale)}
 
 

@@ -1,5 +1,6 @@
 """What a method is: where the frozen prefix ends, and the edits of the suffix; and what it makes of a backbone."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,7 +35,10 @@ class Method:
 
     def build(self, backbone: nn.Module, num: int) -> "PreparedBackbone":
         """The backbone with the edits of so many configurations."""
-        rows = [self.edits(backbone) for _ in range(num)]
+        first = self.edits(
+            backbone
+        )  # once: it may take a forward pass; where constructors draw, `start` makes the others
+        rows = [first, *(copy.deepcopy(dict(first)) for _ in range(num - 1))]
         if bare := [place for place in rows[0] if ":" not in place]:
             raise ValueError(
                 f"the place {bare[0]!r} of an edit has no edge; write '{bare[0]}:input' or '{bare[0]}:output'"
