@@ -88,7 +88,7 @@ def check(
         raise FileNotFoundError(
             f"no notebooks and figures in {records.root()}; call this from the repository or set APTHORY_ROOT"
         )
-    found = []
+    faults = []
     if names:
         table = claims.ledger()
         for name in names:
@@ -96,27 +96,27 @@ def check(
             if len(rows):
                 _print_claim(rows)
             elif Path(name).is_file():
-                found += _check_figure(Path(name))
+                faults += _check_figure(Path(name))
             else:
                 near = get_close_matches(name, {*table["id"], *table["id"].str.partition(".")[0]}, cutoff=0.3)
                 raise ValueError(f"no claim and no file {name!r}; claims like it: {', '.join(sorted(near)) or 'none'}")
     else:
         _print_ledger(claims.ledger())
-        found += stale.problems()
+        faults += stale.problems()
         if older := stale.older_records():
             typer.echo(f"\n{len(older)} records were made by older code (kept: their version holds):")
             typer.echo("\n".join(f"  {line}" for line in older[:10] + ["..."] * (len(older) > 10)))
     if recompute:
         if record := stale.random_record():
             typer.echo(f"\ncomputing record {record.key[:12]} again: {record.name}, took {record.wall_seconds:.1f} s")
-            found += [f"record {record.key[:12]}: {difference}" for difference in records.recompute(record)]
+            faults += [f"record {record.key[:12]}: {difference}" for difference in records.recompute(record)]
         else:
-            found.append("there is no record to compute again")
-    if found:
-        typer.echo("\n".join(["", "stale:", *(f"  {line}" for line in found)]))
+            faults.append("there is no record to compute again")
+    if faults:
+        typer.echo("\n".join(["", "stale:", *(f"  {line}" for line in faults)]))
     elif not names or recompute or any(Path(name).is_file() for name in names):
         typer.echo("\nresults current")
-    if found:
+    if faults:
         raise typer.Exit(1)
 
 
@@ -165,8 +165,8 @@ def sweep(
     if weights:
         os.environ["APTHORY_WEIGHTS"] = weights
     with cells.processes(workers) if workers > 1 else nullcontext() as pool:
-        for one in chosen.values():
-            result = catalogue.run_study(one, records.folder(suite), pool)
+        for chosen_study in chosen.values():
+            result = catalogue.run_study(chosen_study, records.folder(suite), pool)
             named = [column for column in ("part", "backbone", "method", "arm", "site") if column in result]
             typer.echo(result.groupby(named, sort=False)["accuracy"].mean().round(1).to_string())
 
@@ -482,10 +482,10 @@ def _print_ledger(table: Any) -> None:
 def _print_claim(rows: Any) -> None:
     """Its statistics one by one, each with its verdicts."""
     typer.echo(f"{rows['id'].iloc[0].partition('.')[0]}: {rows['claim'].iloc[0]}.")
-    for (key, statistic), several in rows.groupby(["id", "statistic"], sort=False):
-        typer.echo(f"\n{key}: {statistic}, claimed {several['threshold'].iloc[0]}")
-        for place, note in enumerate(several["note"].astype(object).fillna("")):
-            _print_ledger(several.iloc[[place]])
+    for (key, statistic), statistic_rows in rows.groupby(["id", "statistic"], sort=False):
+        typer.echo(f"\n{key}: {statistic}, claimed {statistic_rows['threshold'].iloc[0]}")
+        for place, note in enumerate(statistic_rows["note"].astype(object).fillna("")):
+            _print_ledger(statistic_rows.iloc[[place]])
             typer.echo(f"  {note}\n" if note else "", nl=False)
 
 

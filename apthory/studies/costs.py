@@ -152,7 +152,7 @@ class _Step:
             self.crossing = self.prepared.prefix(x)
             features = self.prepared.suffix(*self.crossing)
         self.heads = LinearHeads(1, features.shape[1], num_classes, [torch.Generator()]).to(x.device)
-        edits = [one.parameter for stack in self.prepared.stacks.values() for one in stack.trained()]
+        edits = [trained.parameter for stack in self.prepared.stacks.values() for trained in stack.trained()]
         self.trained = [*edits, *self.heads.parameters()]
         self.num_head_parameters = sum(p.numel() for p in self.heads.parameters())
         self.num_parameters = sum(p.numel() for p in self.trained) - self.num_head_parameters

@@ -293,7 +293,7 @@ def tune(
         return [best]
     rest = FrozenHead(head.fits[1:]) if isinstance(head, FrozenHead) else head
     fits = [best, *fit(backbone, task, method, others, recipe=recipe, head=rest, cache=cache)]
-    if lost := [one.configuration.seed for one in fits if not one.epoch]:
+    if lost := [fit.configuration.seed for fit in fits if not fit.epoch]:
         raise ValueError(f"the loss was never finite for the seeds {lost} at {best.configuration}; choose lower rates")
     return fits
 

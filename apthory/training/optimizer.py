@@ -23,10 +23,9 @@ class Optimizer:
         self, prepared: PreparedBackbone, heads: Heads, configurations: Sequence[Configuration], recipe: Recipe
     ) -> None:
         stacks = list(prepared.stacks.values())
-        trained = [one for stack in stacks if not stack.updates_itself for one in stack.trained()]
+        trained = [parameter for stack in stacks if not stack.updates_itself for parameter in stack.trained()]
         trained += [Trained(parameter, 1.0, None) for parameter in heads.parameters() if parameter.requires_grad]
-        every = [*prepared.suffix.parameters(), *heads.parameters()]
-        device = every[0].device if every else None
+        device = next((parameter.device for parameter in (*prepared.suffix.parameters(), *heads.parameters())), None)
         rates = torch.tensor([c.learning_rate for c in configurations], device=device)
         decays = torch.tensor([c.weight_decay for c in configurations], device=device)
         self.recipe = recipe
@@ -40,7 +39,7 @@ class Optimizer:
                 self.parameters.append((parameter, rates[k] * lr_scale, decays[k]))
         for stack in stacks:
             if stack.updates_itself:
-                lr_scale, *others = {one.lr_scale for one in stack.trained()}
+                lr_scale, *others = {parameter.lr_scale for parameter in stack.trained()}
                 assert not others, "an edit that updates itself has one learning rate"
                 self.own.append((stack, rates * lr_scale))
         zeros = [torch.zeros_like(parameter) for parameter, _, _ in self.parameters]
