@@ -352,6 +352,34 @@ def test_a_general_stack_draws_calibrates_and_moves_on_each_edit_by_itself():
     torch.testing.assert_close(stack(z)[:4], some[0](z[:4]))
 
 
+class Forgetful(Noisy):
+    """Keeps what it measures where no file would find it."""
+
+    def calibrate(self, z: torch.Tensor) -> None:
+        self.bound = float(z.abs().mean())
+
+
+class Lucky(Noisy):
+    """Draws what it keeps in a plain attribute."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.bound = float(torch.rand(()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [(Forgetful, "Forgetful sets bound to .*keep it in a buffer"), (Lucky, "bound of Lucky is .* for")],
+)
+def test_values_that_a_stack_or_a_file_would_lose_are_an_error(kind: type[Edit], fault: str, task: tasks.Task):
+    class Tuning(NoisyTuning):
+        def edits(self, backbone: nn.Module) -> dict[str, Edit]:
+            return {self.site: kind(32)}
+
+    with pytest.raises(ValueError, match=fault):
+        training.fit(tiny.backbone("vit"), task, Tuning(), BUNDLE, recipe=RECIPE)
+
+
 def test_an_edit_may_change_the_number_of_tokens():
     stack = edits.Stack([Tokens(2, 5, is_first=True) for _ in range(2)])
     assert stack(torch.zeros(6, 4, 5)).shape == (6, 6, 5)

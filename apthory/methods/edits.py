@@ -40,10 +40,10 @@ class Edit(nn.Module):
         """Draw initial values that the constructor did not draw."""
 
     def calibrate(self, z: Float[Tensor, "batch *unit"]) -> None:
-        """See activations of training images, before anything is trained; buffers may be set."""
+        """See activations of training images, before anything is trained; only buffers may be set."""
 
     def begin_epoch(self, epoch: int, num_epochs: int) -> None:
-        """Move schedules on; epochs count from 0."""
+        """Move schedules on; epochs count from 0. Plain attributes may be set, for training alone: no file has them."""
 
     def draw(self, z: Float[Tensor, "batch *unit"], generator: torch.Generator) -> Tensor | None:
         """What is random in a training step; `forward` gets it as its argument ``noise``, which is else left out."""
@@ -77,10 +77,7 @@ class Stack(nn.Module):
         edits: One for each configuration, all of one kind and one shape.
     """
 
-    constructed_alike: ClassVar[bool] = (
-        False  # whether no constructor draws, so that all edits are made with the same values
-    )
-
+    constructed_alike: ClassVar[bool] = False  # whether no constructor draws, so that all are made with the same values
     template: Edit
     stacked: Any
 
@@ -122,7 +119,17 @@ class Stack(nn.Module):
 
     @torch.no_grad()
     def put(self, configuration: int, edit: Edit) -> None:
-        """Take over the values of an edit for one configuration."""
+        """Take over the values of an edit for one configuration.
+
+        Raises:
+            ValueError: If it differs from the others in a plain attribute, which a stack has once for all.
+        """
+        attributes, common = _attributes(edit), _attributes(self.template)
+        if differing := [name for name in attributes if attributes[name] != common.get(name, attributes[name])]:
+            raise ValueError(
+                f"{differing[0]} of {type(edit).__name__} is {attributes[differing[0]]!r} for one configuration and "
+                f"{common[differing[0]]!r} for another; what may differ belongs in a buffer (register_buffer)"
+            )
         stacked = _tensors(self.stacked)
         for name, value in _tensors(edit).items():
             stacked[name][configuration].copy_(value)
@@ -139,7 +146,7 @@ class Stack(nn.Module):
 
     def begin_epoch(self, epoch: int, num_epochs: int) -> None:
         """Move schedules on; epochs count from 0."""
-        self._each(lambda edit, k: edit.begin_epoch(epoch, num_epochs))
+        self._each(lambda edit, k: edit.begin_epoch(epoch, num_epochs), is_schedule=True)
 
     # ---------------------------------------------------------------------------------- training
 
@@ -194,12 +201,19 @@ class Stack(nn.Module):
         return {"noise": torch.stack(drawn).to(z.device)} if drawn else {}
 
     @torch.no_grad()
-    def _each(self, call: Callable[[Edit, int], None]) -> None:
-        """Let each configuration's edit do something to itself; plain attributes come to lie in the template."""
-        for k in reversed(range(self.num)):
-            edit = copy.deepcopy(self.template) if k else self.template
+    def _each(self, call: Callable[[Edit, int], None], is_schedule: bool = False) -> None:
+        """Let each configuration's edit do something to itself; only a schedule may set plain attributes."""
+        before = copy.deepcopy(self.template)
+        for k in range(self.num):
+            edit = copy.deepcopy(before) if k else self.template
             _copy_values(edit.to(self._device()), self.stacked, k)
             call(edit, k)
+            if not is_schedule and (changed := _attributes(edit).items() - _attributes(before).items()):
+                name, value = min(changed)
+                raise ValueError(
+                    f"{type(edit).__name__} sets {name} to {value!r}, which no file would keep; keep it in a buffer "
+                    "(register_buffer)"
+                )
             self.put(k, edit)
 
     def _device(self) -> torch.device:
@@ -387,6 +401,11 @@ def _register_stacked(module: nn.Module, parts: Sequence[nn.Module]) -> None:
         child = nn.Module()
         _register_stacked(child, [getattr(part, name) for part in parts])
         module.add_module(name, child)
+
+
+def _attributes(edit: nn.Module) -> dict[str, Any]:
+    """The plain values that an edit holds beside its tensors."""
+    return {name: value for name, value in vars(edit).items() if isinstance(value, bool | int | float | str)}
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
