@@ -168,7 +168,7 @@ def test_a_file_is_kilobytes_and_holds_no_weight_of_the_backbone(tmp_path: Path)
     assert path.stat().st_size < 4 * numbers + 2000
     assert path.stat().st_size < sum(p.numel() * 4 for p in backbone.parameters()) / 100
     options = {"site": "blocks.4:input", "shape": "full", "in_rms_units": False, "lr_scale": 10.0}
-    assert {name: value for name, value in config.items() if name not in ("mean", "std", "tensors_sha256")} == {
+    assert {name: value for name, value in config.items() if name not in ("mean", "std", "sha256")} == {
         "format": "apthory.adapted/2",
         "method": "ap",
         "options": options,
@@ -201,13 +201,16 @@ def test_other_weights_are_refused(tmp_path: Path):
         files.load_prompt(path, other)
 
 
-def rewrite(path: Path, tensors: dict | None = None, **changes: object) -> Path:
-    """The same file with other tensors or metadata; a value of None takes its field away."""
+def rewrite(path: Path, tensors: dict | None = None, *, seal: bool = False, **changes: object) -> Path:
+    """The same file with other tensors or metadata, under a new digest if wanted; None takes a field away."""
     with safe_open(path, "pt") as file:
         config = json.loads(file.metadata()["apthory"]) | changes
         old = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     config = {name: value for name, value in config.items() if value is not None}
-    save_file(old if tensors is None else tensors, path, {"apthory": json.dumps(config)})
+    content = old if tensors is None else tensors
+    if seal:
+        config["sha256"] = files._file_digest(config, content)
+    save_file(content, path, {"apthory": json.dumps(config)})
     return path
 
 
@@ -225,10 +228,10 @@ def test_a_wrong_shape_or_site_is_refused(saved: Path):
         options = json.loads(file.metadata()["apthory"])["options"]
     other = tensors | {f"{place}.values": torch.zeros(3, 32)}
     with pytest.raises(ValueError, match=r"p.safetensors does not fit 'tiny_vit' .*it may be damaged: save it anew"):
-        files.load_prompt(rewrite(saved, other, tensors_sha256=files._tensors_digest(other)), backbone)
-    rewrite(saved, tensors, tensors_sha256=files._tensors_digest(tensors))
+        files.load_prompt(rewrite(saved, other, seal=True), backbone)
+    rewrite(saved, tensors, seal=True)
     with pytest.raises(ValueError, match=r"no module 'blocks.9'"):
-        files.load_prompt(rewrite(saved, options=options | {"site": "blocks.9:input"}), backbone)
+        files.load_prompt(rewrite(saved, seal=True, options=options | {"site": "blocks.9:input"}), backbone)
 
 
 @pytest.mark.parametrize(
@@ -241,33 +244,53 @@ def test_a_wrong_shape_or_site_is_refused(saved: Path):
         ({"head": ""}, r"a head of the kind '' has the tensors \[\], and there are \['bias', 'weight'\]"),
         ({"head": "cosine"}, r"a head of the kind 'cosine' has the tensors \['weight', 'scale'\]"),
         ({"head": "mlp"}, "a head of the kind 'mlp'"),
+        ({"classes": ["a", "a", "b"]}, r"its class names are \['a', 'a', 'b'\], and should be different texts"),
+        ({"classes": ["a", None, "b"]}, "and should be different texts"),
+        (
+            {"options": {"site": "blocks.2:input", "lr_scale": "x"}},
+            "lr_scale of the method 'ap' is 'x'; expected a num",
+        ),
         ({"classes": ["a", "b"]}, r"it names 2 classes, and its head has weights of shape \(3, 32\)"),
         ({"image_size": 64}, "trained with image_size 64, and this backbone has 32; load the backbone with the same"),
         ({"mean": [0.0, 0.0, 0.0]}, r"trained with mean \[0.0, 0.0, 0.0\], and this backbone has"),
-        ({"tensors_sha256": "0" * 64}, "its tensors are not those that were saved"),
+        ({"sha256": "0" * 64}, "it is not what was saved"),
         ({"digest": None}, "its digest is None"),
         ({"format": "apthory.adapted/3"}, "format 'apthory.adapted/3'.*a newer version of apthory may read it"),
     ],
 )
 def test_metadata_that_cannot_be_right_are_refused(changes: dict, fault: str, saved: Path):
     with pytest.raises(ValueError, match=fault):
+        files.load_prompt(rewrite(saved, seal="sha256" not in changes, **changes), tiny.backbone("vit"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"classes": ["b", "a", "c"]},
+        {"transform": "other"},
+        {"method": "norm"},
+        {"options": {"site": "blocks.1:input", "shape": "full", "in_rms_units": False, "lr_scale": 10.0}},
+    ],
+)
+def test_metadata_that_were_changed_are_refused(changes: dict, saved: Path):
+    with pytest.raises(ValueError, match=r"it is not what was saved \(SHA-256\)"):
         files.load_prompt(rewrite(saved, **changes), tiny.backbone("vit"))
 
 
 def test_a_renamed_head_is_refused_instead_of_lost(saved: Path):
     with safe_open(saved, "pt") as file:
         tensors = {name.replace("head.", "haed."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    with pytest.raises(ValueError, match=r"its tensors are not those that were saved"):
+    with pytest.raises(ValueError, match=r"it is not what was saved"):
         files.load_prompt(rewrite(saved, tensors), tiny.backbone("vit"))
     with pytest.raises(ValueError, match=r"a head of the kind 'linear' has the tensors .*, and there are \[\]"):
-        files.load_prompt(rewrite(saved, tensors, tensors_sha256=files._tensors_digest(tensors)), tiny.backbone("vit"))
+        files.load_prompt(rewrite(saved, tensors, seal=True), tiny.backbone("vit"))
 
 
 def test_a_flipped_bit_is_refused(saved: Path):
     content = bytearray(saved.read_bytes())
     content[-100] ^= 16  # in the last tensor
     saved.write_bytes(content)
-    with pytest.raises(ValueError, match="is damaged: its tensors are not those that were saved; save it anew, or cop"):
+    with pytest.raises(ValueError, match=r"is damaged: it is not what was saved .*; save it anew, or cop"):
         files.load_prompt(saved, tiny.backbone("vit"))
 
 
@@ -284,7 +307,7 @@ def test_values_that_are_not_finite_are_neither_saved_nor_loaded(value: float, s
     with safe_open(saved, "pt") as file:
         tensors = {name: torch.full_like(file.get_tensor(name), value) for name in file.keys()}  # noqa: SIM118
     with pytest.raises(ValueError, match=r"is damaged: .* has values that are not finite"):
-        files.load_prompt(rewrite(saved, tensors, tensors_sha256=files._tensors_digest(tensors)), backbone)
+        files.load_prompt(rewrite(saved, tensors, seal=True), backbone)
 
 
 def test_metadata_that_are_no_json_are_refused(tmp_path: Path):

@@ -115,7 +115,7 @@ class Noisy(Edit):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.gain = nn.Parameter(torch.zeros(width))
-        self.bound = 0.0
+        self.register_buffer("bound", torch.zeros(()))
         self.register_buffer("direction", torch.randn(width))  # drawn once, and never trained
         self.register_buffer("scale", torch.ones(()))
 
@@ -126,7 +126,7 @@ class Noisy(Edit):
         self.scale = z.abs().mean()
 
     def begin_epoch(self, epoch: int, num_epochs: int) -> None:
-        self.bound = 0.1 / (1 + epoch)
+        self.bound.fill_(0.1 / (1 + epoch))
 
     def draw(self, z: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         return torch.rand(z.shape[:1], generator=generator)
@@ -266,9 +266,27 @@ def test_the_number_of_parameters_is_known_before_training(name: str, fits_of):
     before.start([0])
     start = before.state(0)
     moved = sum(value.numel() for key, value in fit.state.items() if not torch.equal(value, start[key]))
-    assert 0 < method.num_parameters(backbone) <= sum(value.numel() for value in fit.state.values())
-    # What is calibrated moves too; a parameter without gradient (of a query's bias, say) does not.
-    assert moved >= 0.5 * method.num_parameters(backbone)
+    # A key's bias has no gradient, and a mask generator none outside of the frame.
+    assert moved >= 0.9 * method.num_parameters(backbone) or name == "adavipro"
+
+
+def test_the_number_of_parameters_is_what_one_counts_by_hand():
+    width, blocks, backbone = 32, 3, tiny.backbone("vit")
+    block = 2 * 2 * width + 4 * width * width + 4 * width + 2 * 4 * width * width + 5 * width
+    counts = {
+        "ap": 17 * width,
+        "ap channel": width,
+        "norm": 2 * 2 * width,
+        "norm gamma": (2 * blocks + 1) * width,
+        "linear_probe": 0,
+        "random_prompt": 0,
+        "partial": block + 2 * width,
+        "fine_tuning": blocks * block + 2 * width + width + 17 * width + 3 * 8 * 8 * width + width,
+        "adapter": 2 * 4 * width + 4 + width,
+        "vpt_deep": blocks * 3 * width,
+        "low_rank": 2 * (width + 3 * width) + 2 * (width + 4 * width),
+    }
+    assert {name: EVERY[name].num_parameters(backbone) for name in counts} == counts
 
 
 # ------------------------------------------------------------------------------------------ one stack for all edits
@@ -352,11 +370,50 @@ def test_a_general_stack_draws_calibrates_and_moves_on_each_edit_by_itself():
     torch.testing.assert_close(stack(z)[:4], some[0](z[:4]))
 
 
+class Scaled(methods.Shift):
+    """Another edit that is made from a shift."""
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return z * (1 + self.values)
+
+
+def test_an_edit_that_is_made_from_another_has_no_stack_that_ignores_it():
+    class Drawn(methods.Shift):
+        def __init__(self) -> None:
+            super().__init__((6, 5))
+            nn.init.normal_(self.values)
+
+    class Same(methods.Shift):
+        """Is a shift, and nothing else."""
+
+    assert Scaled.stack is Drawn.stack is edits.Stack
+    assert not Drawn.stack.constructed_alike
+    assert Same.stack is methods.Shift.stack is not edits.Stack
+    some = [Scaled((6, 5)) for _ in range(2)]
+    for edit in some:
+        nn.init.normal_(edit.values)
+    z = torch.randn(4, 6, 5)
+    stack = Scaled.stack([copy.deepcopy(edit) for edit in some])
+    torch.testing.assert_close(stack(z)[2:], some[1](z[2:]))
+
+
+def test_an_edit_is_in_train_mode_in_training_steps_alone():
+    class Told(Noisy):
+        def forward(self, z: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+            return torch.full_like(z, float(self.training))
+
+    stack = edits.Stack([Told(5) for _ in range(2)])
+    assert not stack(torch.zeros(2, 5)).any()
+    stack.generators = [torch.Generator() for _ in range(2)]
+    assert stack(torch.zeros(2, 5)).all()
+    assert not stack.export(0).training
+
+
 class Forgetful(Noisy):
     """Keeps what it measures where no file would find it."""
 
     def calibrate(self, z: torch.Tensor) -> None:
-        self.bound = float(z.abs().mean())
+        self.size = float(z.abs().mean())
 
 
 class Lucky(Noisy):
@@ -364,12 +421,40 @@ class Lucky(Noisy):
 
     def __init__(self, width: int) -> None:
         super().__init__(width)
-        self.bound = float(torch.rand(()))
+        self.size = float(torch.rand(()))
+
+
+class Plain(Noisy):
+    """Holds a tensor that is neither parameter nor buffer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.size = torch.randn(width)
+
+
+class Scheduled(Noisy):
+    """Its schedule is lost when it is used."""
+
+    def begin_epoch(self, epoch: int, num_epochs: int) -> None:
+        self.epoch = epoch
+
+
+class Dropping(Noisy):
+    """Draws from the process's own generator."""
+
+    def forward(self, z: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        return nn.functional.dropout(super().forward(z), training=self.training)
 
 
 @pytest.mark.parametrize(
     ("kind", "fault"),
-    [(Forgetful, "Forgetful sets bound to .*keep it in a buffer"), (Lucky, "bound of Lucky is .* for")],
+    [
+        (Forgetful, "calibrate of Forgetful sets size to .*keep it in a buffer"),
+        (Lucky, "size of Lucky is .* for one configuration and .* for another"),
+        (Plain, "size of Plain is a plain tensor; keep it in a buffer"),
+        (Scheduled, "begin_epoch of Scheduled sets epoch to 0"),
+        (Dropping, "Dropping draws at random in forward, which would ignore the seed"),
+    ],
 )
 def test_values_that_a_stack_or_a_file_would_lose_are_an_error(kind: type[Edit], fault: str, task: tasks.Task):
     class Tuning(NoisyTuning):
@@ -433,7 +518,7 @@ def test_every_method_is_exported_saved_loaded_and_evaluated_alike(
             torch.testing.assert_close(loaded.merged()(x), logits, rtol=1e-4, atol=1e-5)
         assert torch.equal(logits.argmax(1) == whole.test.labels, evaluation.correct)
         assert not any(parameter.requires_grad for parameter in loaded.parameters())
-        again = training.evaluate(loaded, replace(whole, transform=task.transform))
+        again = training.evaluate(loaded, whole)
         assert abs(again.accuracy - evaluation.accuracy) <= 5  # one image of twenty, where bfloat16 is used
 
 
@@ -455,6 +540,62 @@ def test_what_folds_leaves_the_backbone_as_it_is_built(name: str, fits_of):
     with torch.no_grad():
         torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
         assert name == "linear_probe" or not torch.allclose(folded[0](x), backbone(x), rtol=1e-3)
+
+
+def test_a_merged_and_a_folded_model_share_nothing_with_the_backbone(fits_of):
+    backbone = tiny.backbone("vit")
+    own = {parameter.data_ptr() for parameter in backbone.parameters()}
+    for name in ("ap channel", "norm", "adapter", "vp"):
+        merged = fits_of(name)[0].model.merged()
+        assert not own & {parameter.data_ptr() for parameter in merged.parameters()}, name
+    assert not own & {parameter.data_ptr() for parameter in equivalence.fold(fits_of("norm")[0].model).parameters()}
+
+
+def test_all_that_was_tuned_is_in_the_state_of_the_model(fits_of):
+    first, second = (fit.model for fit in fits_of("fine_tuning"))
+    x = tiny.images("vit", 2)
+    model = copy.deepcopy(first)
+    model.load_state_dict(second.state_dict())
+    with torch.no_grad():
+        assert torch.equal(model(x), second(x))
+        assert not torch.equal(model(x), first(x))
+
+
+def test_a_backbone_in_double_precision_is_adapted(task: tasks.Task):
+    backbone = tiny.backbone("vit", torch.float64)
+    fit = training.fit(backbone, task, SHIPPED["ap"], recipe=RECIPE)
+    with torch.no_grad():
+        logits = fit.model(tiny.images("vit", 2, dtype=torch.float64))
+    assert logits.shape == (2, 3)
+    assert logits.isfinite().all()
+
+
+def test_loading_leaves_the_backbone_as_it_was(fits_of, tmp_path: Path):
+    backbone = tiny.backbone.__wrapped__("vit")
+    path = fits_of("ap")[0].save(tmp_path / "saved.safetensors")
+    backbone.train().requires_grad_(True)
+    loaded = files.load_prompt(path, backbone)
+    assert backbone.training
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
+    assert not any(part.training for part in (loaded.edits, loaded.head))
+
+
+def test_several_prompts_have_no_one_norm(task: tasks.Task):
+    class Two(methods.ActivationPrompting):
+        def edits(self, backbone: nn.Module) -> dict[str, Edit]:
+            return {site: methods.Shift((17, 32)) for site in ("blocks.1:input", "blocks.2:input")}
+
+    assert math.isnan(training.fit(tiny.backbone("vit"), task, Two(site="blocks.1:input"), recipe=RECIPE).prompt_norm)
+
+
+def test_a_fixed_prompt_is_in_its_file_and_not_drawn_again(fits_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    fit = fits_of("random_prompt")[0]
+    assert list(fit.state) == ["blocks.1:input.delta"]
+    path, x = fit.save(tmp_path / "saved.safetensors"), tiny.images("vit", 2)
+    with torch.no_grad():
+        logits = fit.model(x)
+        monkeypatch.setattr(torch, "randn", lambda *shape, **options: torch.ones(*shape))  # another generator
+        assert torch.equal(files.load_prompt(path, tiny.backbone("vit"))(x), logits)
 
 
 @pytest.mark.parametrize(
@@ -479,7 +620,7 @@ def test_partial_tuning_changes_what_comes_after_its_site_and_nothing_else(fits_
 
 @pytest.mark.slow
 def test_saved_files_of_every_method_give_equal_logits_in_a_fresh_process(fits_of, tmp_path: Path):
-    names = [name for name in SHIPPED if SHIPPED[name].name in registry.METHODS]
+    names = list(EVERY)
     backbone = tiny.backbone("vit")
     expected = {}
     x = tiny.images("vit", 3)
@@ -491,7 +632,10 @@ def test_saved_files_of_every_method_give_equal_logits_in_a_fresh_process(fits_o
     code = f"""
         import sys, torch
         sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
-        import tiny, apthory
+        import tiny, apthory, test_protocol
+        from apthory import methods
+        for kind in ("AdapterTuning", "DeepPromptTuning", "LowRankTuning", "NoisyTuning"):
+            methods.register(getattr(test_protocol, kind))
         given = torch.load({str(tmp_path / "expected.pt")!r})
         backbone = tiny.backbone("vit")
         backbone.load_state_dict(given["state"])

@@ -354,14 +354,14 @@ def test_the_old_way_to_ask_for_a_frozen_head_gives_the_same(task: tasks.Task):
     probes = training.fit(backbone, task, LinearProbe(), BUNDLE[:2], recipe=recipe)
     method = ActivationPrompting(site="blocks.1:input")
     new = training.fit(backbone, task, method, BUNDLE[:2], recipe=recipe, head=FrozenHead(probes))
-    with pytest.warns(DeprecationWarning, match=r"head='frozen' of ActivationPrompting is an argument of fit"):
-        old_method = ActivationPrompting(site="blocks.1:input", head="frozen")
     with pytest.warns(DeprecationWarning, match=r"heads of fit is head=FrozenHead\(fits\) now"):
-        old = training.fit(backbone, task, old_method, BUNDLE[:2], recipe=recipe, heads=probes)
+        old = training.fit(backbone, task, method, BUNDLE[:2], recipe=recipe, heads=probes)
     for one, other in zip(old, new, strict=True):
         assert_same_fit(one, other, exact=True)
-    with pytest.raises(ValueError, match=r"head='frozen'; give the head itself: fit\(..., head=FrozenHead\(fits\)\)"):
-        training.fit(backbone, task, old_method, BUNDLE[:2], recipe=recipe)
+    with pytest.warns(DeprecationWarning, match="head of ActivationPrompting is an argument of fit"):
+        assert ActivationPrompting(site="blocks.1:input", head="trained") == method
+    with pytest.raises(ValueError, match=r"the head is no field of a method any more; give it to fit: head=FrozenHead"):
+        ActivationPrompting(site="blocks.1:input", head="frozen")
     with (
         pytest.warns(DeprecationWarning, match="heads of fit"),
         pytest.raises(ValueError, match="have a LinearHead; head= asks for a TextHe"),

@@ -56,6 +56,8 @@ RENAMED = {  # names that are other ones now: old module and name -> module and 
     "apthory.sites.Edit": ("sites", "EditFunction"),
     "apthory.studies.cells.describe": ("studies.cells", "cell_values"),
     "apthory.lab.registry.register": ("lab.registry", "register_function"),
+    "apthory.methods.base.Body": ("methods.base", "PreparedBackbone"),
+    "apthory.methods.files.PromptedBackbone": ("methods.adapted", "AdaptedBackbone"),
     "apthory.sweeps.cells": ("studies.layers", "layer_cells"),
     "apthory.sweeps.make": ("studies.record_format", "method_of"),
     "apthory.sweeps.make_head": ("studies.record_format", "head_of"),
@@ -211,21 +213,23 @@ def renamed(module: str, name: str) -> Any:
 def accepts_old_fields(method: type) -> type:
     """A dataclass whose constructor also takes the old names of `FIELDS`, and the head that methods once had.
 
-    A method that wanted a frozen head remembers it as ``wants_frozen_head``, so that `training.fit` can insist on one.
+    A frozen head is refused: the fits that it comes from are an argument of `training.fit`, and without them it would
+    be trained.
     """
     construct = method.__init__  # type: ignore[misc]
 
     @functools.wraps(construct)
     def with_old_fields(self: Any, *args: Any, **given: Any) -> None:
         for old in given.keys() & FIELDS.keys():
-            given[renamed_field(method, old)] = given.pop(old)
-        head = given.pop("head", None)
+            if (new := renamed_field(method, old)) in given:
+                raise ValueError(f"{old} of {method.__name__} is {new} now, and both are given; give {new} alone")
+            given[new] = given.pop(old)
+        if "head" in given:
+            if given["head"] != "trained":
+                raise ValueError("the head is no field of a method any more; give it to fit: head=FrozenHead(fits)")
+            warn_of_old_name(f"head of {method.__name__}", "an argument of fit, where 'trained' is the default,")
+            del given["head"]
         construct(self, *args, **given)
-        if head is not None:
-            warn_of_old_name(
-                f"head={head!r} of {method.__name__}", "an argument of fit, such as head=FrozenHead(fits),"
-            )
-            object.__setattr__(self, "wants_frozen_head", head == "frozen")
 
     method.__init__ = with_old_fields  # type: ignore[misc]
     return method

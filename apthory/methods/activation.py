@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from apthory import sites
 from apthory._tools.moved import accepts_old_fields
 from apthory.methods.base import Method, PreparedBackbone
-from apthory.methods.edits import Edit, Shift
+from apthory.methods.edits import Edit, Shift, ShiftStack
 
 Shape = Literal["full", "channel"]
 
@@ -90,6 +90,8 @@ class ActivationPrompting(Method):
 
 class ShiftOfPrompt(Shift):
     """A `Shift` that is exported as an `ActivationPrompt`."""
+
+    stack = ShiftStack
 
     def __init__(self, site: str, kind: Shape, *args: Any) -> None:
         super().__init__(*args)

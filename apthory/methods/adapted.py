@@ -61,12 +61,14 @@ class AdaptedBackbone(nn.Module):
         self.edits = nn.ModuleList((edits or {}).values())
         self.tuned = tuple(weights or ())  # names of parameters that other values take the place of
         for index, value in enumerate((weights or {}).values()):
-            self.register_buffer(f"weight_{index}", value.detach(), persistent=False)
+            self.register_buffer(f"weight_{index}", value.detach())
         self.classes, self.transform, self._source = tuple(classes), transform, source
 
     def forward(self, x: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch *class"]:
         features = self.features(x)
-        return features if self.head is None else self.head(features)
+        if self.head is None:
+            return features
+        return self.head(features.to(next(self.head.parameters()).dtype))
 
     def features(self, x: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch *width"]:
         """What the head sees."""
@@ -102,13 +104,16 @@ class AdaptedBackbone(nn.Module):
         if self._source is not None:
             return self._source
         prompt = self.prompt
+        if self.tuned or self.reader is not None:
+            raise ValueError("a prompt with tuned weights or a reader beside it is no method's; it cannot be saved")
         if isinstance(prompt, PixelPrompt):
             overlay = prompt.overlay
             return Adaptation(method_of_layout(overlay.layout), _at(":input", overlay.state(0)))
-        method = ActivationPrompting(site=prompt.site, shape=prompt.shape, in_rms_units=False)
+        site = prompt.site if ":" in prompt.site else f"{prompt.site}:output"
+        method = ActivationPrompting(site=site, shape=prompt.shape, in_rms_units=False)
         unit = torch.ones([1] * prompt.delta.ndim)
         state = {"values": prompt.delta.detach().cpu(), "unit": unit, "activation_norm": torch.ones(())}
-        return Adaptation(method, _at(prompt.site, state))
+        return Adaptation(method, _at(site, state))
 
     def merged(self) -> nn.Module:
         """One ordinary module that shares nothing with the backbone, for `torch.export`, ONNX and servers.
@@ -152,8 +157,10 @@ def adapt(
         state: As `PreparedBackbone.state` gives it.
         head: As in `AdaptedBackbone`, like the arguments that follow.
     """
+    device = next(backbone.parameters()).device
     prepared = method.build(backbone, 1)
     prepared.load([state])
+    prepared.suffix.to(device)
     edits: dict[str, nn.Module] = dict(prepared.held)
     weights: dict[str, Tensor] = {}
     for place, stack in prepared.stacks.items():
@@ -171,7 +178,19 @@ def adapt(
         transform=transform,
         source=Adaptation(method, dict(state)),
     )
-    return model.to(next(backbone.parameters()).device).requires_grad_(False).eval()
+    return ready(model)
+
+
+def ready(model: AdaptedBackbone) -> AdaptedBackbone:
+    """Put what was trained on the backbone's device, to be used and not trained; the backbone itself stays as it is."""
+    device = next(model.backbone.parameters()).device
+    for part in (model.edits, model.head):
+        if part is not None:
+            part.to(device).requires_grad_(False).eval()
+    for name, value in model.named_buffers(recurse=False):
+        setattr(model, name, value.to(device))
+    model.training = False
+    return model
 
 
 class _First(nn.Module):

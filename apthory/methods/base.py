@@ -1,6 +1,7 @@
 """What a method is: where the frozen prefix ends, and the edits of the suffix; and what it makes of a backbone."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from apthory import sites
 from apthory._tools.determinism import random_stream
 from apthory._tools.moved import renamed_field
-from apthory.methods.edits import Edit, Stack, WithInput
+from apthory.methods.edits import Edit, Stack, WithInput, copy_alike
 
 
 class Method:
@@ -35,9 +36,8 @@ class Method:
 
     def build(self, backbone: nn.Module, num: int) -> "PreparedBackbone":
         """The backbone with the edits of so many configurations."""
-        first = self.edits(
-            backbone
-        )  # once: it may take a forward pass; where constructors draw, `start` makes the others
+        # Made once, since that may take a forward pass; where constructors draw, `start` makes the others anew.
+        first = self.edits(backbone)
         rows = [first, *(copy.deepcopy(dict(first)) for _ in range(num - 1))]
         if bare := [place for place in rows[0] if ":" not in place]:
             raise ValueError(
@@ -107,28 +107,47 @@ class PreparedBackbone:
                 stack.is_calibrating = False
 
     def state(self, configuration: int) -> dict[str, Tensor]:
-        """A copy of the trained values of one configuration, and of what was calibrated; named ``place.name``."""
-        return {
-            f"{place}.{name}": value
-            for place, stack in self.stacks.items()
-            for name, value in stack.state(configuration).items()
-        }
+        """A copy of the trained values of one configuration, and of all that goes with them; named ``place.name``."""
+        trained = {place: stack.state(configuration) for place, stack in self.stacks.items()}
+        held = {place: _copied(edit) for place, edit in self.held.items()}
+        parts = (trained | held).items()
+        return {f"{place}.{name}": value for place, part in parts for name, value in part.items()}
 
     def load(self, states: Sequence[Mapping[str, Tensor]]) -> None:
-        """Take over the states of as many configurations as there are; names of other things are left out."""
+        """Take over the states of as many configurations as there are.
+
+        Raises:
+            ValueError: If a state has not just the names that it should have, or a value of another shape.
+        """
+        expected = self.state(0).keys()
+        for state in states:
+            if differing := sorted(expected ^ state.keys()):
+                fault = "is missing" if differing[0] in expected else "belongs nowhere"
+                raise ValueError(f"the state is of another method or site: {differing[0]} {fault}")
         parts = [by_place(state) for state in states]
         for place, stack in self.stacks.items():
-            stack.load([part.get(place, {}) for part in parts])
+            stack.load([part[place] for part in parts])
+        for place, edit in self.held.items():
+            for name, value in edit.named_parameters():
+                copy_alike(f"{place}.{name}", value.data, parts[0][place][name])
 
     def prompt_norm(self, configuration: int, activations: Callable[[], Sequence[Tensor]]) -> tuple[float, float]:
-        """Norm of a configuration's prompt and mean norm of what it is added to; 0 and 1 without a prompt."""
-        norms = (stack.prompt_norm(configuration, activations) for stack in self.stacks.values())
-        return next((pair for pair in norms if pair is not None), (0.0, 1.0))
+        """Norm of a configuration's prompt and mean norm of what it is added to.
+
+        Without a prompt these are 0 and 1; with several, at different places, there is no one norm: nan.
+        """
+        norms = [stack.prompt_norm(configuration, activations) for stack in self.stacks.values()]
+        pairs = [pair for pair in norms if pair is not None]
+        return pairs[0] if len(pairs) == 1 else (0.0, 1.0) if not pairs else (math.nan, 1.0)
 
     @property
     def num_parameters(self) -> int:
         """Trained values of one configuration, without the head."""
         return sum(stack.num_parameters for stack in self.stacks.values())
+
+
+def _copied(edit: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone().cpu() for name, value in edit.named_parameters()}
 
 
 def by_place(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

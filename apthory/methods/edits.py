@@ -14,6 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+_HOOKS = ("forward", "start", "calibrate", "begin_epoch", "draw")
+
 
 class Trained(NamedTuple):
     """A parameter that the training loop updates."""
@@ -27,14 +29,21 @@ class Edit(nn.Module):
     """A trainable change of one activation, for one configuration.
 
     A subclass defines `forward(z)`, which may change everything but the batch axis of ``z``; the rest has defaults.
-    Its parameters are trained; a tensor that stays as it is belongs in a buffer. Numbers drawn in the constructor come
-    from the configuration's own seed, and so does `start`.
+    Its parameters are trained. All else that the constructor does not fix for ever belongs in a buffer, since a bundle
+    and a file keep nothing but tensors. Numbers drawn in the constructor come from the configuration's own seed, as in
+    `start`. It is in train mode in training steps alone.
     """
 
     lr_scale: float = 1.0  # learning rate of the parameters, relative to that of the head
     sees_input: ClassVar[bool] = False  # at ``module:output``: `forward(z, x)` is given the module's input as well
     updates_itself: ClassVar[bool] = False  # whether its stack's `descend` takes the optimizer's place
     stack: ClassVar[type["Stack"]]  # what runs a bundle of these edits; `Stack` unless there is a faster one
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # A faster stack does what its own edit does. A subclass that does something else must name its stack itself.
+        if "stack" not in vars(cls) and {"__init__", *_HOOKS} & vars(cls).keys():
+            cls.stack = Stack
 
     def start(self, generator: torch.Generator) -> None:
         """Draw initial values that the constructor did not draw."""
@@ -43,7 +52,7 @@ class Edit(nn.Module):
         """See activations of training images, before anything is trained; only buffers may be set."""
 
     def begin_epoch(self, epoch: int, num_epochs: int) -> None:
-        """Move schedules on; epochs count from 0. Plain attributes may be set, for training alone: no file has them."""
+        """Move schedules on, which are buffers; epochs count from 0."""
 
     def draw(self, z: Float[Tensor, "batch *unit"], generator: torch.Generator) -> Tensor | None:
         """What is random in a training step; `forward` gets it as its argument ``noise``, which is else left out."""
@@ -87,7 +96,9 @@ class Stack(nn.Module):
         self.place = ""  # where in the backbone the edits act
         self.generators: Sequence[torch.Generator] = ()  # one each, while random draws are wanted
         self.is_calibrating = False
-        self.__dict__["template"] = edits[0]  # past torch's registration: the stacked tensors are what is trained
+        for name, module in edits[0].named_modules():
+            _check_holds(name, module, type(edits[0]).__name__)
+        self.__dict__["template"] = edits[0].eval()  # past torch's registration: the stacked tensors are trained
         self.stacked = nn.Module()  # has the edits' tensors, under their names
         _register_stacked(self.stacked, edits)
 
@@ -113,7 +124,18 @@ class Stack(nn.Module):
         def alone(tensors: dict[str, Tensor], given: list[Tensor], noise: dict[str, Tensor]) -> Tensor:
             return functional_call(self.template, tensors, tuple(given), noise)
 
-        return torch.vmap(alone)(tensors, given, noise).flatten(0, 1)
+        self.template.train(bool(self.generators))
+        try:
+            return torch.vmap(alone)(tensors, given, noise).flatten(0, 1)
+        except RuntimeError as error:
+            if "randomness" not in str(error):
+                raise
+            raise ValueError(
+                f"{type(self.template).__name__} draws at random in forward, which would ignore the seed (as dropout "
+                "does); draw in Edit.draw, whose result forward gets as noise"
+            ) from error
+        finally:
+            self.template.eval()
 
     # ---------------------------------------------------------------------------------- before and between steps
 
@@ -142,11 +164,11 @@ class Stack(nn.Module):
 
     def start(self, generators: Sequence[torch.Generator]) -> None:
         """Draw what the edits begin with, each configuration from its own generator."""
-        self._each(lambda edit, k: edit.start(generators[k]))
+        self._each("start", lambda k: (generators[k],))
 
     def begin_epoch(self, epoch: int, num_epochs: int) -> None:
         """Move schedules on; epochs count from 0."""
-        self._each(lambda edit, k: edit.begin_epoch(epoch, num_epochs), is_schedule=True)
+        self._each("begin_epoch", lambda k: (epoch, num_epochs))
 
     # ---------------------------------------------------------------------------------- training
 
@@ -164,12 +186,13 @@ class Stack(nn.Module):
 
     def state(self, configuration: int) -> dict[str, Tensor]:
         """A copy of the values of one configuration."""
-        return {name: value[configuration].detach().clone().cpu() for name, value in self.stacked.state_dict().items()}
+        return {name: value[configuration].detach().clone().cpu() for name, value in _tensors(self.stacked).items()}
 
+    @torch.no_grad()
     def load(self, states: Sequence[Mapping[str, Tensor]]) -> None:
         """Take over the states of as many configurations as there are."""
-        names = self.stacked.state_dict()
-        self.stacked.load_state_dict({name: torch.stack([state[name] for state in states]) for name in names})
+        for name, stacked in _tensors(self.stacked).items():
+            copy_alike(name, stacked, torch.stack([state[name] for state in states]))
 
     def export(self, configuration: int) -> nn.Module:
         """`Edit.export` of one configuration."""
@@ -193,7 +216,7 @@ class Stack(nn.Module):
     # ---------------------------------------------------------------------------------- helpers
 
     def _calibrate(self, z: Float[Tensor, "num batch *unit"]) -> None:
-        self._each(lambda edit, k: edit.calibrate(z[k].detach()))
+        self._each("calibrate", lambda k: (z[k].detach(),))
 
     def _draw(self, z: Float[Tensor, "num batch *unit"]) -> dict[str, Tensor]:
         draws = (self.template.draw(z[k].detach(), generator) for k, generator in enumerate(self.generators))
@@ -201,18 +224,19 @@ class Stack(nn.Module):
         return {"noise": torch.stack(drawn).to(z.device)} if drawn else {}
 
     @torch.no_grad()
-    def _each(self, call: Callable[[Edit, int], None], is_schedule: bool = False) -> None:
-        """Let each configuration's edit do something to itself; only a schedule may set plain attributes."""
-        before = copy.deepcopy(self.template)
+    def _each(self, hook: str, arguments: Callable[[int], tuple[Any, ...]]) -> None:
+        """Call a hook of each configuration's edit, and take over what it did to the edit's tensors."""
+        if getattr(type(self.template), hook) is getattr(Edit, hook):
+            return  # which does nothing
         for k in range(self.num):
-            edit = copy.deepcopy(before) if k else self.template
-            _copy_values(edit.to(self._device()), self.stacked, k)
-            call(edit, k)
-            if not is_schedule and (changed := _attributes(edit).items() - _attributes(before).items()):
-                name, value = min(changed)
+            edit = copy.deepcopy(self.template).to(self._device())
+            _copy_values(edit, self.stacked, k)
+            getattr(edit, hook)(*arguments(k))
+            changed = _attributes(edit).items() - _attributes(self.template).items()
+            for name, value in sorted(changed):
                 raise ValueError(
-                    f"{type(edit).__name__} sets {name} to {value!r}, which no file would keep; keep it in a buffer "
-                    "(register_buffer)"
+                    f"{hook} of {type(edit).__name__} sets {name} to {value!r}, which neither a bundle nor a file "
+                    "would keep; keep it in a buffer (register_buffer)"
                 )
             self.put(k, edit)
 
@@ -404,8 +428,31 @@ def _register_stacked(module: nn.Module, parts: Sequence[nn.Module]) -> None:
 
 
 def _attributes(edit: nn.Module) -> dict[str, Any]:
-    """The plain values that an edit holds beside its tensors."""
-    return {name: value for name, value in vars(edit).items() if isinstance(value, bool | int | float | str)}
+    """The plain values that an edit and the modules in it hold beside their tensors."""
+    return {
+        f"{module_name}.{name}".lstrip("."): value
+        for module_name, module in edit.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, bool | int | float | str) and name != "training"
+    }
+
+
+def _check_holds(name: str, module: nn.Module, owner: str) -> None:
+    """Raise ValueError if a module of an edit holds a tensor that neither a bundle nor a file would keep."""
+    for attribute, value in vars(module).items():
+        if isinstance(value, Tensor):
+            place = f"{name}.{attribute}".lstrip(".")
+            raise ValueError(f"{place} of {owner} is a plain tensor; keep it in a buffer (register_buffer)")
+
+
+def copy_alike(name: str, target: Tensor, value: Tensor) -> None:
+    """Copy a tensor into one of the same shape and kind; torch itself would broadcast and convert."""
+    if target.shape != value.shape or target.is_floating_point() != value.is_floating_point():
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)} and type {value.dtype}; expected {tuple(target.shape)} and "
+            f"{target.dtype}"
+        )
+    target.copy_(value)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

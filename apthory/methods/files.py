@@ -22,7 +22,7 @@ from apthory._tools.files import check_output, write_atomically
 from apthory.heads import CosineHead
 from apthory.methods import registry
 from apthory.methods.activation import ActivationPrompt, prompt_shape
-from apthory.methods.adapted import Adaptation, AdaptedBackbone, Prompt, adapt
+from apthory.methods.adapted import Adaptation, AdaptedBackbone, Prompt, adapt, ready
 from apthory.methods.pixels.overlay import Overlay, PixelPrompt
 
 _FORMAT = "apthory.adapted/2"
@@ -39,7 +39,7 @@ _FIELDS = {  # of the metadata, with their kinds
     "transform": str,
     "backbone": str,
     "digest": str,
-    "tensors_sha256": str,
+    "sha256": str,
 }
 _HEADS = {"": (), "linear": ("weight", "bias"), "cosine": ("weight", "scale")}  # kinds, with the names of their tensors
 
@@ -79,9 +79,9 @@ def save_model(path: str | Path, model: AdaptedBackbone) -> Path:
         "transform": model.transform,
         "backbone": backbones.architecture(backbone),
         "digest": backbones.digest(backbone),
-        "tensors_sha256": _tensors_digest(tensors),
         "load_arguments": backbones.load_arguments(backbone),
     }
+    config["sha256"] = _file_digest(config, tensors)
     write_atomically(path, serialize(tensors, {"apthory": json.dumps(config)}))
     return path
 
@@ -115,12 +115,11 @@ def load_prompt(path: str | Path, backbone: nn.Module | None = None) -> AdaptedB
     _check_images(path, config, backbone)
     head = _head(path, config["head"], _part(tensors, "head."), len(config["classes"]))
     state = _part(tensors, "edits.")
-    options = {name: tuple(value) if isinstance(value, list) else value for name, value in config["options"].items()}
     try:
-        method = registry.find_method(config["method"])(**options)
+        method = registry.make(config["method"], config["options"])
         model = adapt(backbone, method, state, head, classes=config["classes"], transform=config["transform"])
     except (TypeError, KeyError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} does not fit {own!r} ({reason}); it may be damaged: save it anew") from error
     return model
 
@@ -168,6 +167,8 @@ def describe_file(path: str | Path) -> dict[str, Any]:
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Metadata and tensors, checked as far as that goes without the backbone."""
     way_out = "Fit.save writes them"
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder, not a prompt saved by apthory; name the file in it")
     try:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get("apthory", "{}")
@@ -192,10 +193,13 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise ValueError(f"{path} is damaged: its {name} is {config.get(name)!r}, and should be a {kind.__name__}")
     if not isinstance(own := config.get("load_arguments", {}), dict):
         raise ValueError(f"{path} is damaged: its load_arguments are {own!r}, and should be a dict")
-    if version == _FORMAT and config["tensors_sha256"] != _tensors_digest(tensors):
-        raise ValueError(
-            f"{path} is damaged: its tensors are not those that were saved; save it anew, or copy it again"
-        )
+    if version == _FORMAT and (
+        len(set(config["classes"])) < len(config["classes"])
+        or not all(isinstance(name, str) for name in config["classes"])
+    ):
+        raise ValueError(f"{path} is damaged: its class names are {config['classes']}, and should be different texts")
+    if version == _FORMAT and config["sha256"] != _file_digest(config, tensors):
+        raise ValueError(f"{path} is damaged: it is not what was saved (SHA-256); save it anew, or copy it again")
     if bad := [name for name, value in tensors.items() if not value.isfinite().all()]:
         raise ValueError(f"{path} is damaged: {bad[0]} has values that are not finite; save it anew")
     return config, tensors
@@ -220,8 +224,7 @@ def _load_old(
         if shape != expected:
             raise ValueError(f"{path} holds a prompt of shape {shape}; {site!r} of this backbone takes {expected}")
         prompt = ActivationPrompt(site, tensors["prompt"], config["shape"])
-    device = next(backbone.parameters()).device
-    return AdaptedBackbone(backbone, prompt, head).to(device).requires_grad_(False).eval()
+    return ready(AdaptedBackbone(backbone, prompt, head))
 
 
 def _old_pixels(path: str | Path, layout: Mapping[str, Any], state: dict[str, Tensor]) -> PixelPrompt:
@@ -245,6 +248,11 @@ def _head(path: str | Path, kind: str, tensors: Mapping[str, Tensor], num_classe
             f"{tuple(tensors['weight'].shape)}; save it anew"
         )
     count, width = tensors["weight"].shape
+    if "bias" in tensors and tensors["bias"].shape != (count,):
+        raise ValueError(
+            f"{path} is damaged: its head has weights of shape {(count, width)} and a bias of shape "
+            f"{tuple(tensors['bias'].shape)}; save it anew"
+        )
     head = nn.Linear(width, count) if kind == "linear" else CosineHead(tensors["weight"], 1.0)
     head.load_state_dict(dict(tensors))
     return head
@@ -275,9 +283,10 @@ def _check_source(path: str | Path, source: Adaptation, model: AdaptedBackbone) 
             raise ValueError(f"no method makes a prompt of the layout {model.edits[0].layout}; {path} was not written")
 
 
-def _tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and values."""
-    total = hashlib.sha256()
+def _file_digest(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over all metadata but itself, and over names, types, shapes and values of the tensors."""
+    said = {name: value for name, value in config.items() if name != "sha256"}
+    total = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for name in sorted(tensors):
         value = tensors[name]
         total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

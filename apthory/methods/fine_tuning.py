@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from apthory import sites
 from apthory._tools.moved import accepts_old_fields
 from apthory.methods.base import Method, PreparedBackbone
-from apthory.methods.edits import Stack, Trained
+from apthory.methods.edits import Stack, Trained, copy_alike
 
 PLACE = ":weights"  # under which the weights stand in a state
 
@@ -86,7 +86,7 @@ class Copies(Stack):
     def load(self, states: Sequence[Mapping[str, Tensor]]) -> None:
         for network, state in zip(self.networks, states, strict=True):
             for name, parameter in network.named_parameters():
-                parameter.copy_(state[name])
+                copy_alike(name, parameter, state[name])
 
     def weights(self, configuration: int) -> dict[str, Tensor]:
         return {name: value.detach() for name, value in self.networks[configuration].named_parameters()}

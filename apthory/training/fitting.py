@@ -100,10 +100,6 @@ def fit(
             f"head is {head!r}; expected LinearHead(), LabelMapping(classifier, ...), FrozenHead(fits) or a TextHead "
             "(CLIP.text_head)"
         )
-    if getattr(method, "wants_frozen_head", False) and not isinstance(head, FrozenHead):
-        raise ValueError(
-            "the method was made with head='frozen'; give the head itself: fit(..., head=FrozenHead(fits))"
-        )
     configurations = Configuration() if configurations is None else configurations
     is_single = isinstance(configurations, Configuration)
     bundle = [configurations] if isinstance(configurations, Configuration) else list(configurations)
@@ -176,7 +172,7 @@ def evaluate(fits: Any, task: Any) -> Evaluation | list[Evaluation]:
     """
     if isinstance(fits, Task):  # up to version 0.1 the task came first
         moved.warn_of_old_name("evaluate(task, fits)", "evaluate(fits, task)")
-        fits, task = task, fits
+        return _evaluate([task] if isinstance(task, Fit) else task, fits)
     if isinstance(fits, AdaptedBackbone):
         return _evaluate_model(fits, task)
     if isinstance(fits, Fit):
@@ -217,10 +213,12 @@ def _evaluate(fits: Sequence[Fit], task: Task) -> list[Evaluation]:
 
 def _evaluate_model(model: AdaptedBackbone, task: Task) -> Evaluation:
     check_ready(model.backbone, task)
-    if model.head is None or tuple(task.classes) != model.classes:
+    if not model.classes:
+        raise ValueError("the model does not say which classes its logits stand for; set model.classes = task.classes")
+    if model.head is None or tuple(task.classes) != tuple(model.classes):
         raise ValueError(
-            f"the model knows the classes {', '.join(model.classes) or 'of no names'}, and {task.name!r} has "
-            f"{', '.join(task.classes)}; evaluate it on the task that it was trained on"
+            f"the model knows the classes {', '.join(model.classes)}, and {task.name!r} has {', '.join(task.classes)}; "
+            "evaluate it on the task that it was trained on"
         )
     correct = []
     for chunk in chunks_of(torch.arange(len(task.test))):

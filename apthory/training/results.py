@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -31,7 +32,7 @@ class Fit:
     validation_loss: float
     validation_curve: tuple[float, ...]  # percent, by epoch
     train_curve: tuple[float, ...]  # mean cross-entropy, by epoch
-    prompt_norm: float  # Euclidean norm of the prompt, in the activation's units; 0 without a prompt
+    prompt_norm: float  # Euclidean norm, in the activation's units; 0 without a prompt, nan with more than one
     relative_norm: float  # prompt_norm divided by the mean norm of the activations
     cache_bytes: int  # memory that the prefix's results took
     state: dict[str, Tensor] = field(repr=False)  # of the edits, as `methods.PreparedBackbone.state` names it
@@ -65,12 +66,14 @@ class Fit:
         """Write what was trained and the head, without the backbone; `apthory.load_prompt` reads them back."""
         return files.save_model(path, self.model)
 
-    def __getitem__(self, index: int) -> "Fit":
-        # Up to version 0.1 one fit was a list of one.
-        if index != 0:
-            raise IndexError("this is one fit, not a list of fits")
-        moved.warn_of_old_name("taking one fit out of a list", "the fit itself: fit() returns a list only for a list")
-        return self
+    def __getitem__(self, index: int | slice) -> Any:
+        # Up to version 0.1 one fit came as a list of one.
+        alone = [self][index]
+        moved.warn_of_old_name("the list of one fit", "the fit itself (fit() gives a list for a list)")
+        return alone
+
+    def __len__(self) -> int:
+        return 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -282,7 +282,8 @@ class Overlay(Stack):
         return {name: value[configuration].detach().clone().cpu() for name, value in self.state_dict().items()}
 
     def load(self, states: Sequence[Mapping[str, Tensor]]) -> None:
-        self.load_state_dict({name: torch.stack([state[name] for state in states]) for name in self.state_dict()})
+        own = self.state_dict()
+        self.load_state_dict({name: torch.stack([state[name] for state in states]) for name in own})
 
     def single(self, configuration: int) -> "Overlay":
         """The prompt of one configuration, as a stack of one."""
