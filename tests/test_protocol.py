@@ -176,7 +176,7 @@ def task() -> tasks.Task:
 
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
+    monkeypatch.setattr(registry, "METHODS", copy.copy(registry.METHODS))
     for method in (AdapterTuning, DeepPromptTuning, LowRankTuning, NoisyTuning):
         methods.register(method)
 
@@ -657,6 +657,17 @@ def test_a_name_belongs_to_one_method():
     with pytest.raises(ValueError, match="the name 'ap' belongs to ActivationPrompting; give another one"):
         methods.register(type("Other", (Method,), {"name": "ap"}))
     assert methods.register(AdapterTuning) is AdapterTuning  # again is no harm
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("linear", "linear_probe"), ("random", "random_prompt"), ("full", "fine_tuning")]
+)
+def test_an_old_name_of_a_method_finds_it(old: str, new: str):
+    with pytest.warns(DeprecationWarning, match=f"the method '{old}' is '{new}' now"):
+        assert registry.METHODS[old] is registry.METHODS[new]
+    assert old not in registry.METHODS
+    with pytest.raises(KeyError):
+        _ = registry.METHODS["lora"]
 
 
 def test_a_method_that_is_not_registered_is_not_saved(fits_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

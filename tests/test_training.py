@@ -803,6 +803,39 @@ def test_defaults_are_one_configuration_and_the_default_recipe():
     assert fit.configuration == Configuration()
 
 
+def test_old_calls_work_and_warn(task: tasks.Task):
+    backbone, recipe = tiny.backbone("vit"), replace(RECIPE, num_epochs=1)
+    fit = training.fit(backbone, task, LinearProbe(), recipe=recipe)
+    with pytest.warns(DeprecationWarning, match="the list of one fit is the fit itself"):
+        (alone,) = fit
+    with pytest.warns(DeprecationWarning, match="the list of one fit"):
+        assert fit[0] is fit[-1] is alone is fit
+    assert len(fit) == 1
+    new = training.evaluate(fit, task)
+    for fits in (fit, [fit]):
+        with pytest.warns(DeprecationWarning, match=r"evaluate\(task, fits\) is evaluate\(fits, task\) now"):
+            (old,) = training.evaluate(task, fits)
+        assert torch.equal(old.correct, new.correct)
+    with pytest.warns(DeprecationWarning, match="rate of ActivationPrompting is lr_scale now"):
+        method = ActivationPrompting(site="blocks.1:input", rate=3.0)
+    with pytest.warns(DeprecationWarning, match="rate of ActivationPrompting is lr_scale now"):
+        assert method.rate == method.lr_scale == 3.0
+    with (
+        pytest.warns(DeprecationWarning, match="rate of VP"),
+        pytest.raises(ValueError, match="rate of VP is lr_scale now, and both are gi"),
+    ):
+        methods.VP(rate=3.0, lr_scale=4.0)
+
+
+def test_balanced_accuracy_counts_each_class_alike():
+    correct = torch.tensor([True, True, True, False, False, True])
+    evaluation = training.Evaluation.of(correct, torch.tensor([0, 0, 0, 0, 1, 3]), 4)
+    assert evaluation.accuracy == pytest.approx(100 * 4 / 6)
+    assert evaluation.recall.tolist()[:2] == [75.0, 0.0]
+    assert math.isnan(evaluation.recall[2])  # no image of it was there
+    assert evaluation.balanced_accuracy == pytest.approx((75 + 0 + 100) / 3)
+
+
 def test_arguments_of_another_kind_are_named(task: tasks.Task):
     backbone = tiny.backbone("vit")
     fit, check_ready = map(inspect.unwrap, (training.fit, training.check_ready))  # types are checked in tests alone

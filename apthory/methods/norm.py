@@ -33,6 +33,10 @@ class NormTuning(Method):
             )
 
     def edits(self, backbone: nn.Module) -> dict[str, Edit]:
+        if not sites.is_traceable(backbone):
+            raise ValueError(
+                "normalization layers after a site are found by torch.fx alone, which cannot trace this backbone"
+            )
         layers = sites.norms_between(backbone, self.site, "next" if self.layers == "block" else "last")
         if not layers:
             end = "the next block" if self.layers == "block" else "the output"

@@ -5,9 +5,21 @@ from dataclasses import MISSING, fields
 from types import UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
+from apthory._tools.moved import warn_of_old_name
 from apthory.methods.base import Method
 
-METHODS: dict[str, type[Method]] = {}
+_OLD_NAMES = {"linear": "linear_probe", "random": "random_prompt", "full": "fine_tuning"}
+
+
+class _Methods(dict[str, type[Method]]):
+    def __missing__(self, name: str) -> type[Method]:
+        if name not in _OLD_NAMES:
+            raise KeyError(name)
+        warn_of_old_name(f"the method {name!r}", repr(_OLD_NAMES[name]))
+        return self[_OLD_NAMES[name]]
+
+
+METHODS = _Methods()
 
 
 def register(method: type[Method]) -> type[Method]:

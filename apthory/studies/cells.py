@@ -221,8 +221,7 @@ def table(cells: Iterable[records.Record]) -> pd.DataFrame:
     rows = []
     for record in cells:
         config = record.config
-        is_pixel = config["method"]["name"] in ("vp", "evp", "adavipro")
-        site = config["method"].get("site", ":input" if is_pixel else ":output")
+        site = record_format.site_of(config["method"])
         depth = _site_depth(json.dumps(config["backbone"]), site)
         for index, seed in enumerate(config["seeds"]):
             bits = np.unpackbits(np.frombuffer(bytes.fromhex(record["correct"][index]), np.uint8))

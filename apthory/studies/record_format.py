@@ -145,6 +145,14 @@ def method_of(spelled: Mapping[str, Any]) -> methods.Method:
     return methods.METHODS[own](**options)
 
 
+def site_of(spelled: Mapping[str, Any]) -> str:
+    """The site of a recorded method; where it has none, that of its class. Full fine-tuning counts as the output's."""
+    name = spelled["name"]
+    return (
+        ":output" if name == "full" else spelled.get("site") or vars(methods.METHODS[_METHODS.get(name, name)])["site"]
+    )
+
+
 def method_name(spelled: Mapping[str, Any]) -> str:
     """What tables call a recorded method: its own name, but ``input_prompt`` for a "vp" with a site.
 
