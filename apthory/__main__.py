@@ -461,7 +461,7 @@ def _parse_parameter(text: str, option: str = "-p") -> tuple[str, Any]:
     if not (equals and name.isidentifier()):
         raise typer.BadParameter(f"{text!r} is not NAME=VALUE", param_hint=option)
     try:
-        return name, ast.literal_eval(value)
+        return name, ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value, value))
     except (ValueError, SyntaxError):
         return name, value
 

@@ -218,7 +218,9 @@ def saved(tmp_path: Path) -> Path:
 def rewritten(path: Path, **changes: Any) -> Path:
     config = files.describe_file(path) | changes
     config = {name: value for name, value in config.items() if value is not None}
-    save_file(load_file(path), path, {"apthory": json.dumps(config)})
+    tensors = load_file(path)
+    config["sha256"] = files._file_digest(config, tensors)
+    save_file(tensors, path, {"apthory": json.dumps(config)})
     return path
 
 

@@ -240,7 +240,10 @@ def test_a_wrong_shape_or_site_is_refused(saved: Path):
         ({"method": None}, "its method is None, and should be a str"),
         ({"options": None}, "its options is None, and should be a dict"),
         ({"options": {"place": 3}}, "does not fit 'tiny_vit'"),
-        ({"method": "lora"}, "no method 'lora'; there are ap, norm"),
+        (
+            {"method": "lora"},
+            "trained by the method 'lora', which is not known here .*import the module that registers it",
+        ),
         ({"head": ""}, r"a head of the kind '' has the tensors \[\], and there are \['bias', 'weight'\]"),
         ({"head": "cosine"}, r"a head of the kind 'cosine' has the tensors \['weight', 'scale'\]"),
         ({"head": "mlp"}, "a head of the kind 'mlp'"),

@@ -678,6 +678,56 @@ def test_a_method_that_is_not_registered_is_not_saved(fits_of, tmp_path: Path, m
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_of_a_method_that_is_not_known_says_what_to_import(fits_of, tmp_path: Path, monkeypatch):
+    path = fits_of("adapter")[0].save(tmp_path / "saved.safetensors")
+    monkeypatch.setattr(registry, "METHODS", {"ap": methods.ActivationPrompting})
+    with pytest.raises(ValueError, match=r"by the method 'adapter', which is not known here .*import the module that"):
+        files.load_prompt(path, tiny.backbone("vit"))
+
+
+@pytest.mark.parametrize(
+    ("made", "fault"),
+    [
+        ([Adapter(32, 2)], "expected a dict of ap.Edit by their places"),
+        ({"blocks.1:input": nn.Identity()}, "expected a dict of ap.Edit by their places"),
+        ({"blocks.1:input": Tokens(1, 32, True)}, ""),
+    ],
+)
+def test_what_edits_gives_is_checked(made: object, fault: str):
+    class Made(NoisyTuning):
+        def edits(self, backbone: nn.Module) -> object:
+            return made
+
+    if fault:
+        with pytest.raises(ValueError, match=fault):
+            Made().build(tiny.backbone("vit"), 2)
+    else:
+        Made().build(tiny.backbone("vit"), 2)
+
+
+def test_an_edit_that_loses_the_batch_is_an_error():
+    class Mean(Noisy):
+        def forward(self, z: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+            return z.mean(0, keepdim=True)
+
+    with pytest.raises(ValueError, match=r"was given \(3, 5\) and gave \(1, 5\); the first axis counts images"):
+        edits.Stack([Mean(5), Mean(5)])(torch.zeros(6, 5))
+
+
+@pytest.mark.parametrize("lacking", ["name", "site"])
+def test_a_method_without_name_or_site_says_so(lacking: str, task: tasks.Task):
+    fields = {"name": "mine", "site": ":input"}
+    mine = type("Mine", (Method,), {key: value for key, value in fields.items() if key != lacking})
+    with pytest.raises(ValueError, match=f"Mine has no {lacking}; a method has a name"):
+        training.fit(tiny.backbone("vit"), task, mine(), recipe=RECIPE)
+
+
+def test_a_fit_is_evaluated_at_its_own_size_alone(fits_of):
+    for fits in (fits_of("ap channel"), fits_of("ap channel")[0], fits_of("ap channel")[0].model):
+        with pytest.raises(ValueError, match="the task's images are 64 pixels wide, the backbone takes 32"):
+            training.evaluate(fits, tiny.task(60, 30, 64))
+
+
 class Doubled(nn.Module):
     """A prefix of one's own, without a fingerprint."""
 

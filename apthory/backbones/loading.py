@@ -7,7 +7,7 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
@@ -293,11 +293,21 @@ def _load(
                 "pass weights=FILE.safetensors, or pretrained=False for random weights"
             ) from error
     if weights is not None:
-        _fill(model, load_file(weight_file(weights)), Path(weights).name, name, num_classes)
+        _fill(model, _tensors_of(weight_file(weights)), Path(weights).name, name, num_classes)
     elif is_ours:  # with a classifier as large as in training, which takes random numbers too
         first = start(name, _num_source_classes(model, _shipped(family), family), **kwargs)
         _fill(model, first.state_dict(), "random weights", name, num_classes)
     return model
+
+
+def _tensors_of(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a safetensors file ({error}); write one from a state dict: "
+            "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'weights.safetensors')"
+        ) from error
 
 
 def _fill(model: nn.Module, state: Mapping[str, Tensor], source: str, name: str, num_classes: int) -> None:

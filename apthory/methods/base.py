@@ -20,7 +20,19 @@ from apthory.methods.edits import Edit, Stack, WithInput, copy_alike
 class Method:
     """A way to adapt a frozen backbone. Subclasses are frozen dataclasses, and most define `edits` alone.
 
-    Each has a `site`, a field or a class variable: the place where the frozen prefix ends.
+    Each has a ``name`` (a class variable), and a ``site`` (a field or a class variable): the place where the frozen
+    prefix ends. A ``label`` and a ``color`` are for figures. `register` makes it known to saved files, studies and the
+    command; a process that loads its files must have imported it::
+
+        @methods.register
+        @dataclass(frozen=True, kw_only=True)
+        class AdapterTuning(ap.Method):
+            name: ClassVar[str] = "adapter"
+            site: str
+            dim: int = 4
+
+            def edits(self, backbone):
+                return {self.site: Adapter(ap.sites.site_shape(backbone, self.site)[-1], self.dim)}  # an ap.Edit
 
     The edit at ``module:output`` of a kind that sees the layer's input gets it; all others see the activation at
     their place. What comes before `site` is frozen and can be cached, so no edit may lie before it.
@@ -38,6 +50,10 @@ class Method:
         """The backbone with the edits of so many configurations."""
         # Made once, since that may take a forward pass; where constructors draw, `start` makes the others anew.
         first = self.edits(backbone)
+        if not isinstance(first, Mapping) or not all(isinstance(edit, Edit) for edit in first.values()):
+            raise ValueError(
+                f"edits of {type(self).__name__} gave {first!r}; expected a dict of ap.Edit by their places"
+            )
         rows = [first, *(copy.deepcopy(dict(first)) for _ in range(num - 1))]
         if bare := [place for place in rows[0] if ":" not in place]:
             raise ValueError(

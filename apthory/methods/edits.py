@@ -126,7 +126,7 @@ class Stack(nn.Module):
 
         self.template.train(bool(self.generators))
         try:
-            return torch.vmap(alone)(tensors, given, noise).flatten(0, 1)
+            edited = torch.vmap(alone)(tensors, given, noise)
         except RuntimeError as error:
             if "randomness" not in str(error):
                 raise
@@ -136,6 +136,12 @@ class Stack(nn.Module):
             ) from error
         finally:
             self.template.eval()
+        if edited.shape[:2] != given[0].shape[:2]:
+            raise ValueError(
+                f"{type(self.template).__name__} at {self.place!r} was given {tuple(given[0].shape[1:])} and gave "
+                f"{tuple(edited.shape[1:])}; the first axis counts images and must stay"
+            )
+        return edited.flatten(0, 1)
 
     # ---------------------------------------------------------------------------------- before and between steps
 

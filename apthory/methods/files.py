@@ -115,6 +115,11 @@ def load_prompt(path: str | Path, backbone: nn.Module | None = None) -> AdaptedB
     _check_images(path, config, backbone)
     head = _head(path, config["head"], _part(tensors, "head."), len(config["classes"]))
     state = _part(tensors, "edits.")
+    if config["method"] not in registry.METHODS:
+        raise ValueError(
+            f"{path} was trained by the method {config['method']!r}, which is not known here (there are "
+            f"{', '.join(registry.METHODS)}); import the module that registers it (methods.register) first"
+        )
     try:
         method = registry.make(config["method"], config["options"])
         model = adapt(backbone, method, state, head, classes=config["classes"], transform=config["transform"])

@@ -89,6 +89,11 @@ def fit(
             "configurations is a Recipe, and should be a Configuration or a list of them; a recipe goes by its name: "
             "fit(backbone, task, method, recipe=...)"
         )
+    if isinstance(method, Method) and (lacking := [field for field in ("name", "site") if not hasattr(method, field)]):
+        raise ValueError(
+            f"{type(method).__name__} has no {lacking[0]}; a method has a name (a ClassVar) and a site (a field or a "
+            "ClassVar), as methods.Method says"
+        )
     if not isinstance(method, Method):
         raise ValueError(f"method is {method!r}; expected a method such as ActivationPrompting(site=...) or VP()")
     if heads is not None:
@@ -142,6 +147,11 @@ def check_ready(backbone: nn.Module, task: Task) -> None:
             f"with num_classes=0, or put nn.Identity() in the place of {classifier!r}",
             stacklevel=3,
         )
+    check_size(backbone, task)
+
+
+def check_size(backbone: nn.Module, task: Task) -> None:
+    """Raise ValueError unless the task's images have the size that the backbone takes."""
     side, expected = task.train.shape[-1], backbones.input_size(backbone)
     if side != expected:
         raise ValueError(
@@ -184,6 +194,7 @@ def evaluate(fits: Any, task: Any) -> Evaluation | list[Evaluation]:
 
 def _evaluate(fits: Sequence[Fit], task: Task) -> list[Evaluation]:
     first = fits[0]
+    check_size(first.backbone, task)
     recipe = first.recipe
     split = task.split(first.configuration.seed, recipe.num_train, recipe.num_validation, recipe.num_test)
     if len(task.classes) != first.head_shape[1] or split.digest != first.split.digest:

@@ -18,7 +18,7 @@ from apthory.tasks import Split
 from apthory.training.config import Configuration, Recipe
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Fit:
     """One trained configuration, at the epoch that was best on validation data."""
 
@@ -66,6 +66,10 @@ class Fit:
         """Write what was trained and the head, without the backbone; `apthory.load_prompt` reads them back."""
         return files.save_model(path, self.model)
 
+    def __repr__(self) -> str:
+        how = f"{self.method}, {self.configuration}"
+        return f"Fit({how}; {self.validation_accuracy:.1f} % of validation images at epoch {self.epoch})"
+
     def __getitem__(self, index: int | slice) -> Any:
         # Up to version 0.1 one fit came as a list of one.
         alone = [self][index]
@@ -87,6 +91,8 @@ class FrozenHead:
     fits: Sequence[Fit]
 
     def __post_init__(self) -> None:
+        if isinstance(self.fits, Fit):
+            raise ValueError("FrozenHead takes a list, with one fit for each configuration: FrozenHead([fit])")
         object.__setattr__(self, "fits", tuple(self.fits))
         if kinds := {type(fit).__name__ for fit in self.fits} - {"Fit"}:
             raise ValueError(f"FrozenHead takes fits, one for each configuration; got a {', '.join(sorted(kinds))}")
@@ -106,13 +112,17 @@ class FrozenHead:
 Head = HeadSpec | FrozenHead
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Evaluation:
     """A trained configuration on the test part."""
 
     accuracy: float  # percent
     correct: Bool[Tensor, " image"]  # by test image, in the order of the split
     recall: Float[Tensor, " class"]  # percent of each class's images that are right; nan for a class without images
+
+    def __repr__(self) -> str:
+        counted = f"{self.balanced_accuracy:.1f} % where each class counts alike"
+        return f"Evaluation({self.accuracy:.1f} % of {len(self.correct)} test images, {counted})"
 
     @property
     def balanced_accuracy(self) -> float:
