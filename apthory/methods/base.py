@@ -125,7 +125,7 @@ class PreparedBackbone:
     def state(self, configuration: int) -> dict[str, Tensor]:
         """A copy of the trained values of one configuration, and of all that goes with them; named ``place.name``."""
         trained = {place: stack.state(configuration) for place, stack in self.stacks.items()}
-        held = {place: _copied(edit) for place, edit in self.held.items()}
+        held = {place: _values_of(edit) for place, edit in self.held.items()}
         parts = (trained | held).items()
         return {f"{place}.{name}": value for place, part in parts for name, value in part.items()}
 
@@ -162,7 +162,7 @@ class PreparedBackbone:
         return sum(stack.num_parameters for stack in self.stacks.values())
 
 
-def _copied(edit: nn.Module) -> dict[str, Tensor]:
+def _values_of(edit: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone().cpu() for name, value in edit.named_parameters()}
 
 

@@ -523,7 +523,7 @@ def absent(backbone: nn.Module, name: str) -> str:
     parent, module, rest = "", backbone, name.split(".")
     while rest and isinstance(module._modules.get(rest[0]), nn.Module):
         module = module._modules[rest[0]]
-        parent = _in_words(parent, rest.pop(0))
+        parent = _dotted(parent, rest.pop(0))
     if not rest:
         known = next(known for known, same in backbone.named_modules() if same is module)
         return f"{start} of its own: that is another name of {known!r}"
@@ -531,8 +531,8 @@ def absent(backbone: nn.Module, name: str) -> str:
     near: list[str] = []  # children of the last module on the way that exists
     if not (rest[0].isdigit() and all(child.isdigit() for child in children)):
         near = difflib.get_close_matches(rest[0], children, n=3, cutoff=0.6)
-    meant = [path for child in near if (path := _in_words(parent, child, *rest[1:])) in names]
-    meant = meant or [_in_words(parent, child) for child in near]
+    meant = [path for child in near if (path := _dotted(parent, child, *rest[1:])) in names]
+    meant = meant or [_dotted(parent, child) for child in near]
     if near:
         children = near + [child for child in children if child not in near]
     listed = f"{parent!r} has the children {_spoken(children)}" if children else f"{parent!r} has no children"
@@ -548,7 +548,7 @@ def _either(names: Iterable[str]) -> str:
     return " or ".join(map(repr, names))
 
 
-def _in_words(*parts: str) -> str:
+def _dotted(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 

@@ -147,10 +147,10 @@ def check_ready(backbone: nn.Module, task: Task) -> None:
             f"with num_classes=0, or put nn.Identity() in the place of {classifier!r}",
             stacklevel=3,
         )
-    check_size(backbone, task)
+    check_image_size(backbone, task)
 
 
-def check_size(backbone: nn.Module, task: Task) -> None:
+def check_image_size(backbone: nn.Module, task: Task) -> None:
     """Raise ValueError unless the task's images have the size that the backbone takes."""
     side, expected = task.train.shape[-1], backbones.input_size(backbone)
     if side != expected:
@@ -194,7 +194,7 @@ def evaluate(fits: Any, task: Any) -> Evaluation | list[Evaluation]:
 
 def _evaluate(fits: Sequence[Fit], task: Task) -> list[Evaluation]:
     first = fits[0]
-    check_size(first.backbone, task)
+    check_image_size(first.backbone, task)
     recipe = first.recipe
     split = task.split(first.configuration.seed, recipe.num_train, recipe.num_validation, recipe.num_test)
     if len(task.classes) != first.head_shape[1] or split.digest != first.split.digest:
