@@ -240,6 +240,8 @@ def test_what_an_edit_begins_with_follows_the_seed_and_nothing_else(name: str, t
             torch.manual_seed(process_seed)
             prepared = OWN[name].build(tiny.backbone("vit"), len(seeds))
             prepared.start(seeds)
+            assert torch.initial_seed() == process_seed
+            assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(process_seed)))
             return [prepared.state(k) for k in range(len(seeds))]
 
     first, second = start([0, 1], 5), start([1], 99)

@@ -49,7 +49,8 @@ class Method:
     def build(self, backbone: nn.Module, num: int) -> "PreparedBackbone":
         """The backbone with the edits of so many configurations."""
         # Made once, since that may take a forward pass; where constructors draw, `start` makes the others anew.
-        first = self.edits(backbone)
+        with random_stream(0, 0):  # the process's own generator stays where it is
+            first = self.edits(backbone)
         if not isinstance(first, Mapping) or not all(isinstance(edit, Edit) for edit in first.values()):
             raise ValueError(
                 f"edits of {type(self).__name__} gave {first!r}; expected a dict of ap.Edit by their places"
