@@ -13,6 +13,7 @@ from apthory.backbones.frozen import (
     is_channels_last,
     mean_std,
     normalize,
+    tensors_digest,
 )
 from apthory.backbones.loading import (
     SHIPPED,
@@ -31,7 +32,7 @@ load = load_backbone
 
 __all__ = [
     "load", "load_backbone", "load_sized", "load_again", "load_arguments", "classifier", "create", "start",
-    "checkpoints", "card", "SHIPPED", "shipped_folder", "weight_file", "freeze", "digest", "architecture",
-    "default_device", "autocast", "is_channels_last", "carried_classifier", "whole",
+    "checkpoints", "card", "SHIPPED", "shipped_folder", "weight_file", "freeze", "digest", "tensors_digest",
+    "architecture", "default_device", "autocast", "is_channels_last", "carried_classifier", "whole",
     "input_size", "mean_std", "normalize",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """What a frozen backbone is: its settings, its images, its identity."""
 
 import hashlib
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -114,8 +115,19 @@ def is_channels_last(model: nn.Module) -> bool:
 
 def digest(model: nn.Module) -> str:
     """SHA-256 over names, shapes and values of all weights and buffers; equal digests mean equal networks."""
-    total = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    return tensors_digest(model.state_dict())
+
+
+def tensors_digest(tensors: Mapping[str, Tensor], before: bytes = b"") -> str:
+    """SHA-256 over names, types, shapes and values of tensors, in the order of their names.
+
+    Args:
+        tensors: By name.
+        before: What is hashed in front of them.
+    """
+    total = hashlib.sha256(before)
+    for name in sorted(tensors):
+        value = tensors[name]
         total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()

@@ -79,9 +79,7 @@ class PreparedBackbone:
     suffix: nn.Module  # tensors for the stacked configurations -> features
     stacks: Mapping[str, Stack] = field(default_factory=dict)  # what is trained, by place
     new_edits: Callable[[], Mapping[str, Edit]] | None = None  # of one configuration, as their constructor draws them
-    held: Mapping[str, nn.Module] = field(
-        default_factory=dict
-    )  # edits inside the prefix, by place; they stay as they are
+    held: Mapping[str, nn.Module] = field(default_factory=dict)  # edits in the prefix, by place; they are not trained
     reads_prefix: bool = False  # whether what crosses the cut is the feature itself
     generators: list[torch.Generator] = field(default_factory=list)  # what is random is drawn from, one each
 

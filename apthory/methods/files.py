@@ -5,7 +5,6 @@ with which weights, and a digest of its own tensors. `load_prompt` checks each o
 load.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -291,12 +290,7 @@ def _check_source(path: str | Path, source: Adaptation, model: AdaptedBackbone) 
 def _file_digest(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over all metadata but itself, and over names, types, shapes and values of the tensors."""
     said = {name: value for name, value in config.items() if name != "sha256"}
-    total = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
-    for name in sorted(tensors):
-        value = tensors[name]
-        total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
+    return backbones.tensors_digest(tensors, json.dumps(said, sort_keys=True).encode())
 
 
 def _part(tensors: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
